@@ -1,0 +1,534 @@
+"""Reverse-mode automatic differentiation over NumPy or CuPy arrays, from nothing.
+
+A `Tensor` wraps an array and remembers the operation that made it: its parents and, for each
+parent, a vector-Jacobian product (VJP), the map from the gradient of the output to the gradient
+of that argument.  `Tensor.backward` walks the graph once, from the output to the leaves, and
+applies the VJPs.  Each operation below stands beside its VJPs, in the order of its arguments.
+
+An operator whose backward pass was derived by hand enters the graph through `operator`; that is
+how Orthogonal Self-Attention is plugged in.  The gradients are checked by `gradient_check`.
+"""
+
+import contextlib
+import contextvars
+import importlib
+import math
+import sys
+
+import numpy as np
+
+# ---------------------------------------------------------------------------- arrays and devices
+
+
+def array_module(*arrays):
+    """The module (`numpy` or `cupy`) that the arrays belong to.
+
+    Python scalars are ignored; with no array at all the answer is `numpy`.
+    Raises TypeError for something that is not an array, and for arrays of two modules.
+    """
+    found = None
+    for a in arrays:
+        a = a.data if isinstance(a, Tensor) else a
+        if isinstance(a, (bool, int, float)):
+            continue
+        if not hasattr(a, "dtype") or not hasattr(a, "shape"):
+            raise TypeError(f"expected a NumPy or CuPy array, got {type(a).__name__}")
+        module = sys.modules[type(a).__module__.partition(".")[0]]
+        if found is not None and module is not found:
+            raise TypeError(
+                f"arrays of {found.__name__} and {module.__name__} cannot be mixed; "
+                "move them to one device first"
+            )
+        found = module
+    return found or np
+
+
+def to_cpu(a):
+    """A NumPy copy of a CuPy array (the device is waited for); a NumPy array as it is."""
+    return a.get() if hasattr(a, "get") else np.asarray(a)
+
+
+def find_device(name="auto"):
+    """The array module for a device name, and a sentence that says why.
+
+    name: "cpu", "cuda" or "auto" (the GPU if one works, else the CPU).
+    `import cupy` succeeds on a machine without a driver, so a GPU is believed in only after a
+    kernel and a matrix product have run on it and given the right answer.
+    Returns (module, reason); raises ValueError for an unknown name, RuntimeError for "cuda"
+    where no GPU works.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+    if name == "cpu":
+        return np, "cpu: asked for"
+    try:
+        cupy = importlib.import_module("cupy")
+        a = cupy.arange(4, dtype=cupy.float32).reshape(2, 2) + 1  # a kernel
+        if (a @ a).get().tolist() != [[7.0, 10.0], [15.0, 22.0]]:  # a matrix product
+            raise RuntimeError("the GPU gave a wrong 2 x 2 matrix product")
+        gpu = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        return cupy, f"cuda: {gpu} ran a kernel and a matrix product"
+    except Exception as error:  # CuPy raises errors of many classes when a driver is missing
+        why = "CuPy is not installed" if isinstance(error, ImportError) else _one_line(error)
+    if name == "cuda":
+        raise RuntimeError(
+            f"--device cuda: no GPU can be used ({why}); install CuPy with "
+            "'pip install -r requirements-cuda12.txt' (or -cuda13.txt), or use --device cpu"
+        )
+    return np, f"cpu: no GPU can be used ({why})"
+
+
+def _one_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------ the graph
+
+_recording = contextvars.ContextVar("recording", default=True)  # one value per thread
+
+
+@contextlib.contextmanager
+def no_grad():
+    """Inside this context no graph is recorded."""
+    token = _recording.set(False)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+class Tensor:
+    """An array, its gradient, and the operation that made it.
+
+    data: a NumPy or CuPy array (anything else is converted by NumPy).
+    requires_grad: whether `backward` should fill `.grad` (an array of the same shape and dtype).
+    """
+
+    __slots__ = ("data", "grad", "requires_grad", "_parents", "_backward")
+    __array_ufunc__ = None  # let `array * Tensor` reach Tensor.__rmul__
+
+    def __init__(self, data, requires_grad=False):
+        if isinstance(data, Tensor):
+            raise TypeError("a Tensor cannot wrap a Tensor")
+        self.data = data if hasattr(data, "dtype") and hasattr(data, "ndim") else np.asarray(data)
+        if requires_grad and self.data.dtype.kind != "f":
+            raise TypeError(f"only floating-point tensors have gradients, got {self.data.dtype}")
+        self.grad = None
+        self.requires_grad = requires_grad
+        self._parents = ()
+        self._backward = None  # gradient of this tensor -> one gradient (or None) per parent
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    dtype = property(lambda self: self.data.dtype)
+    size = property(lambda self: self.data.size)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __repr__(self):
+        return f"Tensor({self.data!r}, requires_grad={self.requires_grad})"
+
+    def backward(self, grad=None):
+        """Adds the gradient of ⟨grad, self⟩ to `.grad` of every leaf that requires one.
+
+        grad: array of this tensor's shape; may be left out for a tensor of size 1.
+        The graph is freed on the way, so each graph can be walked once.
+        Raises RuntimeError if there is nothing to differentiate or the graph was used already,
+        ValueError for a `grad` of the wrong shape.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("backward() on a tensor that requires no gradient")
+        if self._backward is _USED:
+            raise RuntimeError("this graph was freed by an earlier backward(); build it again")
+        xp = array_module(self.data)
+        if grad is None:
+            if self.size != 1:
+                raise ValueError(f"backward() needs a gradient for a tensor of shape {self.shape}")
+            grad = xp.ones_like(self.data)
+        if grad.shape != self.shape:
+            raise ValueError(f"grad has shape {grad.shape}, the tensor {self.shape}")
+
+        grads = {id(self): grad}
+        for node in reversed(topological_order(self)):
+            g = grads.pop(id(node))
+            if node._backward is None:  # a leaf: accumulate, in memory of its own
+                node.grad = xp.array(g) if node.grad is None else node.grad + g
+                continue
+            if node._backward is _USED:
+                raise RuntimeError("part of this graph was freed by an earlier backward()")
+            parent_grads = node._backward(g)
+            for parent, gp in zip(node._parents, parent_grads):
+                if not parent.requires_grad:
+                    continue
+                if gp.shape != parent.shape:
+                    raise ValueError(f"a VJP gave shape {gp.shape} for an argument {parent.shape}")
+                # Sum into a new array, never in place: `add` hands the same array to both
+                # parents, and an in-place sum would change the other one's gradient.
+                k = id(parent)
+                grads[k] = grads[k] + gp if k in grads else gp
+            node._parents, node._backward = (), _USED  # free what the operation saved
+
+    # Operators.  A Python scalar or an array on the other side becomes a constant.
+    def __add__(self, other):
+        return add(self, other)
+
+    def __radd__(self, other):
+        return add(other, self)
+
+    def __sub__(self, other):
+        return subtract(self, other)
+
+    def __rsub__(self, other):
+        return subtract(other, self)
+
+    def __mul__(self, other):
+        return multiply(self, other)
+
+    def __rmul__(self, other):
+        return multiply(other, self)
+
+    def __truediv__(self, other):
+        return divide(self, other)
+
+    def __rtruediv__(self, other):
+        return divide(other, self)
+
+    def __neg__(self):
+        return multiply(self, -1.0)
+
+    def __pow__(self, exponent):
+        return power(self, exponent)
+
+    def __matmul__(self, other):
+        return matmul(self, other)
+
+    def __getitem__(self, index):
+        return getitem(self, index)
+
+    def reshape(self, *shape):
+        return reshape(self, shape)
+
+    def transpose(self, *axes):
+        return transpose(self, axes)
+
+    def sum(self, axis=None, keepdims=False):
+        return sum(self, axis, keepdims)
+
+    def mean(self, axis=None, keepdims=False):
+        return mean(self, axis, keepdims)
+
+
+def _USED(grad):
+    """Marks a node whose saved arrays have been freed."""
+
+
+def topological_order(output):
+    """The tensors that `output` depends on and that need a gradient, parents before children.
+
+    Why an order at all: in `b = a + a; c = b + b` the node b is reached twice from c.  Passing
+    its gradient on at each visit would send the first half twice; b must wait until both halves
+    have arrived.  In a topological order every child comes after its parents, so, walked
+    backwards, a node's gradient is complete when its turn comes.
+    The depth-first search keeps its own stack: recursion would overflow on long chains.
+    """
+    order, seen, stack = [], {id(output)}, [(output, iter(output._parents))]
+    while stack:
+        node, parents = stack[-1]
+        for parent in parents:
+            if parent.requires_grad and id(parent) not in seen:
+                seen.add(id(parent))
+                stack.append((parent, iter(parent._parents)))
+                break
+        else:
+            order.append(node)
+            stack.pop()
+    return order
+
+
+def unbroadcast(g, shape):
+    """The adjoint of broadcasting `shape` to g.shape: sums g over the axes that were stretched."""
+    if g.shape == tuple(shape):
+        return g
+    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
+    stretched = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
+    return g.sum(axis=stretched, keepdims=True) if stretched else g
+
+
+def record(data, parents, backward):
+    """A Tensor for `data`, made from the tensors `parents`.
+
+    backward: takes the gradient of `data`, returns a sequence of one gradient per parent;
+    entries for parents that need none may be None.  It is kept only if a graph is recorded.
+    """
+    out = Tensor(data)
+    if _recording.get() and any(p.requires_grad for p in parents):
+        out.requires_grad, out._parents, out._backward = True, tuple(parents), backward
+    return out
+
+
+def operator(forward, backward):
+    """Turns a pair of plain-array functions into an operation on tensors.
+
+    forward(*arrays) -> (output, saved);  backward(grad, saved) -> one gradient per argument.
+    This is the door for operators with a manual backward pass.
+    """
+
+    def apply(*args):
+        parents = _tensors(*args)
+        out, saved = forward(*(p.data for p in parents))
+        return record(out, parents, lambda g: backward(g, saved))
+
+    return apply
+
+
+def _tensors(*args):
+    """Tensors of one module; Python scalars take the dtype of the arrays beside them."""
+    arrays = [a.data if isinstance(a, Tensor) else a for a in args]
+    xp = array_module(*arrays)
+    dtype = next((a.dtype for a in arrays if hasattr(a, "dtype")), None)
+    return [
+        a
+        if isinstance(a, Tensor)
+        else Tensor(xp.asarray(a, dtype=dtype if isinstance(a, (bool, int, float)) else None))
+        for a in args
+    ]
+
+
+def _elementwise(out, parents, *vjps):
+    """Records an operation with broadcasting: one VJP per parent, in argument order."""
+
+    def backward(g):
+        return [
+            unbroadcast(vjp(g), p.shape) if p.requires_grad else None
+            for p, vjp in zip(parents, vjps)
+        ]
+
+    return record(out, parents, backward)
+
+
+# ------------------------------------------------------------------------------- the operations
+
+
+def add(a, b):
+    """a + b, with broadcasting."""
+    a, b = _tensors(a, b)
+    return _elementwise(a.data + b.data, (a, b), lambda g: g, lambda g: g)
+
+
+def subtract(a, b):
+    """a − b, with broadcasting."""
+    a, b = _tensors(a, b)
+    return _elementwise(a.data - b.data, (a, b), lambda g: g, lambda g: -g)
+
+
+def multiply(a, b):
+    """a · b elementwise, with broadcasting."""
+    a, b = _tensors(a, b)
+    return _elementwise(a.data * b.data, (a, b), lambda g: g * b.data, lambda g: g * a.data)
+
+
+def divide(a, b):
+    """a / b elementwise, with broadcasting."""
+    a, b = _tensors(a, b)
+    out = a.data / b.data
+    return _elementwise(out, (a, b), lambda g: g / b.data, lambda g: -g * out / b.data)
+
+
+def power(a, exponent):
+    """a ** exponent for a constant Python number."""
+    if not isinstance(exponent, (int, float)):
+        raise TypeError(f"exponent must be a Python number, got {type(exponent).__name__}")
+    (a,) = _tensors(a)
+    return _elementwise(a.data**exponent, (a,), lambda g: g * (exponent * a.data ** (exponent - 1)))
+
+
+def exp(a):
+    """e ** a elementwise."""
+    (a,) = _tensors(a)
+    out = array_module(a).exp(a.data)
+    return _elementwise(out, (a,), lambda g: g * out)
+
+
+def log(a):
+    """The natural logarithm elementwise."""
+    (a,) = _tensors(a)
+    return _elementwise(array_module(a).log(a.data), (a,), lambda g: g / a.data)
+
+
+def sqrt(a):
+    """The square root elementwise."""
+    (a,) = _tensors(a)
+    out = array_module(a).sqrt(a.data)
+    return _elementwise(out, (a,), lambda g: g * (0.5 / out))
+
+
+def maximum(a, constant):
+    """max(a, constant) elementwise for a Python number; the gradient is 0 where the constant wins."""
+    (a,) = _tensors(a)
+    out = array_module(a).maximum(a.data, constant)
+    return _elementwise(out, (a,), lambda g: g * (a.data > constant))
+
+
+def leaky_relu(a, slope, gain=1.0):
+    """gain · (a if a > 0 else slope · a), for 0 ≤ slope ≤ 1."""
+    (a,) = _tensors(a)
+    xp = array_module(a)
+    out = a.data * gain
+    xp.maximum(out, a.data * (gain * slope), out=out)
+
+    def vjp(g):
+        return g * xp.where(out > 0, g.dtype.type(gain), g.dtype.type(gain * slope))
+
+    return _elementwise(out, (a,), vjp)
+
+
+def sum(a, axis=None, keepdims=False):
+    """The sum over `axis` (an int, a tuple of ints, or None for all)."""
+    (a,) = _tensors(a)
+    xp = array_module(a)
+    out = a.data.sum(axis=axis, keepdims=keepdims)
+
+    def backward(g):
+        if axis is not None and not keepdims:
+            g = xp.expand_dims(g, axis)
+        return [xp.broadcast_to(g, a.shape)]
+
+    return record(out, (a,), backward)
+
+
+def mean(a, axis=None, keepdims=False):
+    """The mean over `axis`."""
+    out = sum(a, axis, keepdims)
+    return out * (out.size / a.size)
+
+
+def reshape(a, shape):
+    """The same entries in another shape."""
+    (a,) = _tensors(a)
+    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+    return record(a.data.reshape(shape), (a,), lambda g: [g.reshape(a.shape)])
+
+
+def transpose(a, axes=()):
+    """The axes in another order; reversed when none is given."""
+    (a,) = _tensors(a)
+    axes = tuple(axes) or tuple(reversed(range(a.ndim)))
+    inverse = tuple(axes.index(i) for i in range(a.ndim))
+    return record(a.data.transpose(axes), (a,), lambda g: [g.transpose(inverse)])
+
+
+def getitem(a, index):
+    """a[index] for slices, integers, `...` and None (no integer arrays: their adjoint is a scatter)."""
+    (a,) = _tensors(a)
+    for i in index if isinstance(index, tuple) else (index,):
+        if not (i is None or i is Ellipsis or isinstance(i, (int, slice))):
+            raise TypeError(
+                f"index must be made of ints, slices, ... and None, got {type(i).__name__}"
+            )
+
+    def backward(g):
+        full = array_module(g).zeros(a.shape, g.dtype)
+        full[index] = g
+        return [full]
+
+    return record(a.data[index], (a,), backward)
+
+
+def concatenate(tensors, axis=-1):
+    """Tensors joined along `axis`."""
+    tensors = _tensors(*tensors)
+    ends = np.cumsum([t.shape[axis] for t in tensors])[:-1].tolist()
+    xp = array_module(*tensors)
+    out = xp.concatenate([t.data for t in tensors], axis=axis)
+    return record(out, tensors, lambda g: xp.split(g, ends, axis=axis))
+
+
+def matmul(a, b):
+    """a @ b for arrays of two or more dimensions, with broadcasting over the leading ones.
+
+    ∂/∂a: g bᵀ,  ∂/∂b: aᵀ g.
+    """
+    a, b = _tensors(a, b)
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"matmul needs (..., n, k) and (..., k, m), got {a.shape} and {b.shape}")
+    if b.ndim == 2 and a.ndim > 2:  # (..., N, k) x (k, m): one large product, not many small ones
+        rows = reshape(a, (-1, a.shape[-1]))
+        return reshape(matmul(rows, b), (*a.shape[:-1], b.shape[-1]))
+    return _elementwise(
+        a.data @ b.data,
+        (a, b),
+        lambda g: g @ b.data.swapaxes(-1, -2),
+        lambda g: a.data.swapaxes(-1, -2) @ g,
+    )
+
+
+def softmax(a):
+    """Softmax over the last axis; VJP: p ∘ (g − ⟨g, p⟩)."""
+    (a,) = _tensors(a)
+    xp = array_module(a)
+    p = xp.exp(a.data - a.data.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    return record(p, (a,), lambda g: [p * (g - (g * p).sum(axis=-1, keepdims=True))])
+
+
+def cross_entropy(logits, labels):
+    """Mean cross-entropy of (B, C) logits against (B,) integer labels; VJP: (p − onehot) / B."""
+    (logits,) = _tensors(logits)
+    xp = array_module(logits, labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            "cross_entropy needs (B, C) logits and (B,) integer labels, "
+            f"got {logits.shape} and {labels.dtype} {labels.shape}"
+        )
+    onehot = labels[:, None] == xp.arange(logits.shape[1])
+    z = logits.data - logits.data.max(axis=-1, keepdims=True)
+    log_p = z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+    loss = -(log_p * onehot).sum() / len(labels)
+    return record(loss, (logits,), lambda g: [(xp.exp(log_p) - onehot) * (g / len(labels))])
+
+
+# ------------------------------------------------------------------------------- gradient check
+
+
+def gradient_check(f, *arrays, rng=None, step=None, directions=3):
+    """The largest relative error of the gradients of `f` against central differences.
+
+    f: maps tensors to one tensor.  arrays: its arguments, float64 (NumPy or CuPy).
+    For random cotangents G and random tangents D it compares ⟨vjp(G), D⟩ with
+    ⟨G, (f(x + hD) − f(x − hD)) / 2h⟩, all arguments at once and each alone.  Both are random:
+    a cotangent of ones is blind to any f with a constant sum, and ΣO² is constant for orthogonal f.
+    h = eps^(1/3), where truncation O(h²) and rounding O(eps/h) are both about eps^(2/3) ≈ 4e-11.
+    Raises TypeError unless every array is float64.
+    """
+    for a in arrays:
+        if a.dtype != np.float64:
+            raise TypeError(f"gradient_check needs float64 arrays, got {a.dtype}")
+    rng = rng or np.random.default_rng(0)
+    xp = array_module(*arrays)
+    h = step or np.finfo(np.float64).eps ** (1 / 3)
+
+    def draw(shape):
+        return xp.asarray(rng.standard_normal(shape))
+
+    worst = 0.0
+    for _ in range(directions):
+        inputs = [Tensor(xp.array(a), requires_grad=True) for a in arrays]
+        out = f(*inputs)
+        G = draw(out.shape)
+        out.backward(G)
+        tangents = [draw(a.shape) for a in arrays]
+        for which in [range(len(arrays)), *([i] for i in range(len(arrays)))]:
+            D = [t if i in which else xp.zeros_like(t) for i, t in enumerate(tangents)]
+            with no_grad():
+                up = f(*(Tensor(a + h * d) for a, d in zip(arrays, D))).data
+                down = f(*(Tensor(a - h * d) for a, d in zip(arrays, D))).data
+            numeric = float((G * (up - down)).sum()) / (2 * h)
+            pairs = [(t.grad, d) for t, d in zip(inputs, D) if t.grad is not None]
+            analytic = math.fsum(float((g * d).sum()) for g, d in pairs)
+            # Relative to the size of the terms summed, so that cancellation cannot hide an error
+            # nor invent one.
+            scale = math.fsum(float(abs(g * d).sum()) for g, d in pairs)
+            scale = max(scale, float(abs(G * (up - down)).sum()) / (2 * h), 1e-300)
+            worst = max(worst, abs(analytic - numeric) / scale)
+    return worst

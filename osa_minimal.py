@@ -1,0 +1,653 @@
+"""Orthogonal Self-Attention (Zhang & Martens, arXiv 2602.05996) in one file, over NumPy or CuPy.
+
+Notation of the paper.  X (N, d) are the tokens, Q = X W_Q, K = X W_K, V = X W_V (N, d_v) per head.
+
+    S = s (Q Kᵀ − K Qᵀ),  s = α / √d_v                 skew-symmetric, rank ≤ r = 2 d_v
+    A = exp(S) ∈ SO(N),   O = A V                      orthogonal attention
+
+With P = [Q, K] (N, r) and J = [[0, I], [−I, 0]] (r, r) the scores are S = s P J Pᵀ.
+
+The file reads as the paper does: definition, small exponential, low rank, backward,
+initialisation, layer, network.  `...` are any batch dimensions, for instance (batch, heads).
+All functions above "Layer" take and return plain arrays and use no automatic differentiation.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+import autograd as ag
+from autograd import Tensor, array_module
+
+ROUTES = ("auto", "gram", "qr", "newton_schulz", "dense")
+
+# ----------------------------------------------------------------------------------- definition
+
+
+def skew_scores(Q, K, alpha):
+    """S = (α/√d_v)(Q Kᵀ − K Qᵀ).
+
+    Q, K: (..., N, d_v), float32 or float64.  alpha: a number, or an array that broadcasts to
+    (..., 1, 1), one α per head for instance.  Returns (..., N, N), exactly skew-symmetric.
+    """
+    Q, K, _, s = _checked(Q, K, Q, alpha)
+    QKt = Q @ K.swapaxes(-1, -2)  # (..., N, d_v) x (..., d_v, N) -> (..., N, N)
+    return s * (QKt - QKt.swapaxes(-1, -2))
+
+
+def osa_dense(Q, K, V, alpha):
+    """O = exp(S) V by the definition, with the N × N matrix: slow, obvious, the oracle.
+
+    Shapes as in `osa_forward`.  Time O(N³), memory O(N²) for each matrix.
+    """
+    _checked(Q, K, V, alpha)
+    return exp_skew(skew_scores(Q, K, alpha)) @ V
+
+
+# ---------------------------------------------------------------------------- small exponential
+
+
+def exp_skew(S):
+    """exp(S) of skew-symmetric S (..., n, n), by its spectrum.
+
+    iS is Hermitian, iS = U diag(λ) Uᴴ with real λ, so exp(S) = U diag(e^{−iλ}) Uᴴ: a rotation by
+    the angle |λ| in each plane.  Orthogonal to rounding whatever ‖S‖ is.
+    """
+    lam, U = skew_eigh(S)
+    return ((U * _exp(-1j * lam)[..., None, :]) @ _H(U)).real.astype(S.dtype)
+
+
+def frechet_skew(S, E):
+    """L(S, E), the derivative of exp at skew-symmetric S in the direction E; both (..., n, n).
+
+    In the eigenbasis the (j, k) entry is multiplied by the divided difference of e^{−iλ},
+    e^{−i(λ_j+λ_k)/2} sinc((λ_j−λ_k)/2): no small denominators, exact at repeated angles and at 0.
+    """
+    lam, U = skew_eigh(S)
+    mean = (lam[..., :, None] + lam[..., None, :]) / 2
+    difference = lam[..., :, None] - lam[..., None, :]
+    D = _exp(-1j * mean) * array_module(S, E).sinc(difference / (2 * math.pi))  # sin(πx)/(πx)
+    return (U @ ((_H(U) @ E @ U) * D) @ _H(U)).real.astype(S.dtype)
+
+
+def skew_eigh(S):
+    """λ (..., n) and U (..., n, n) with iS = U diag(λ) Uᴴ."""
+    return array_module(S).linalg.eigh(1j * S)
+
+
+def _H(U):
+    return U.conj().swapaxes(-1, -2)
+
+
+def _T(M):
+    return M.swapaxes(-1, -2)
+
+
+def _exp(z):
+    return array_module(z).exp(z)
+
+
+def _phi1(z):
+    """φ₁(z) = (e^z − 1)/z on the imaginary axis, as e^{z/2} sinc(z/2i): nothing cancels near 0."""
+    return _exp(z / 2) * array_module(z).sinc(z.imag / (2 * math.pi))
+
+
+# An application never needs the matrix exp(S), only its action on thin W and G (n, m): f(S) W for
+# f = exp or φ₁, f(S)ᵀ G, and the gradient of ⟨G, f(S) W⟩ with respect to S, which for exp is
+# L(Sᵀ, G Wᵀ).  First the formula, then the fast way, matrix products only; a test holds them equal.
+
+
+class Spectral:
+    """f(S) W for skew-symmetric S (..., n, n) and W (..., n, m), f = exp or φ₁, by the spectrum."""
+
+    def __init__(self, S, W, rho=None, f=_exp):
+        self.S, self.W = S, W
+        lam, U = skew_eigh(S)
+        self.value = ((U * f(-1j * lam)[..., None, :]) @ (_H(U) @ W)).real.astype(S.dtype)
+
+    def adjoint(self, G):
+        """exp(S)ᵀ G and L(Sᵀ, G Wᵀ), the gradients of ⟨G, exp(S) W⟩."""
+        return exp_skew(-self.S) @ G, frechet_skew(-self.S, G @ _T(self.W))
+
+
+def chebyshev_coefficients(f, rho, tolerance):
+    """Real a_k with f(iρt) = Σ_k a_k iᵏ T_k(t) for t in [−1, 1], to an error of about `tolerance`.
+
+    f: exp or φ₁; rho: ρ > 0.  For exp, a_k = 2 J_k(ρ) (a_0 = J_0), at most 2 (ρ/2)ᵏ/k!, and φ₁ has
+    smaller ones: about ρ + 10 terms and no cancellation, where Taylor's terms grow to e^ρ first.
+    The a_k come from interpolation at as many Chebyshev points.
+    """
+    n, log_bound = 1, math.log(2)
+    while n < rho or log_bound > math.log(tolerance):
+        log_bound += math.log(rho / 2 / n)
+        n += 1
+    angle = math.pi * (np.arange(n) + 0.5) / n
+    b = np.cos(np.outer(np.arange(n), angle)) @ f(1j * rho * np.cos(angle)) * (2 / n)
+    b[0] /= 2
+    return (b * (-1j) ** np.arange(n)).real.tolist()
+
+
+class Chebyshev:
+    """f(Z) W = Σ_k a_k c_k for Z (..., n, n) with imaginary spectrum in ±iρ, and its adjoint.
+
+    c_k = p_k(Z/ρ) W (..., n, m), where p_k(x) = iᵏ T_k(x/i) are Chebyshev's polynomials turned to
+    the imaginary axis: p_0 = 1, p_1 = x, p_{k+1} = 2x p_k + p_{k−1}.
+    """
+
+    def __init__(self, Z, W, rho, f=_exp):
+        self.xp = array_module(Z, W)
+        self.rho = max(rho, 1e-2)  # Z = 0 is fine: any ρ that is large enough will do
+        self.a = chebyshev_coefficients(f, self.rho, float(np.finfo(Z.dtype).eps) / 8)
+        self.X2 = Z * (2 / self.rho)  # 2Z/ρ
+        self.C, c = self._blocks(W)
+        c[0][...] = _T(W)
+        self.xp.matmul(c[0], _T(self.X2), out=c[1])
+        c[1] *= 0.5
+        for k in range(2, len(c)):
+            self.xp.matmul(c[k - 1], _T(self.X2), out=c[k])
+            c[k] += c[k - 2]
+        # Σ_k a_k c_k as one (1, terms) x (terms, m n) product
+        flat = self.C.reshape(*W.shape[:-2], len(c), -1)
+        total = self.xp.asarray(self.a, dtype=W.dtype)[None, :] @ flat
+        self.value = _T(total.reshape(c[0].shape))
+
+    def _blocks(self, W):
+        """The c_kᵀ one below the other, (..., terms · m, n), so that `adjoint` is one product."""
+        *batch, n, m = W.shape
+        C = self.xp.empty((*batch, len(self.a) * m, n), W.dtype)
+        return C, [C[..., k * m : (k + 1) * m, :] for k in range(len(self.a))]
+
+    def adjoint(self, G):
+        """f(Z)ᵀ G and the gradient Z̄ of ⟨G, f(Z) W⟩ with respect to Z.
+
+        The recurrence run backwards, which is Clenshaw's with Zᵀ (c̄ = 0 beyond the last):
+            c̄_k = a_k G + 2Xᵀ c̄_{k+1} + c̄_{k+2},  c̄_0 = a_0 G + Xᵀ c̄_1 + c̄_2,  X = Z/ρ,
+            Z̄ = (1/ρ) (c̄_1 c_0ᵀ + Σ_{k≥1} 2 c̄_{k+1} c_kᵀ).
+        """
+        Cbar, c = self._blocks(G)
+        m, last = G.shape[-1], len(c) - 1
+        Gt = self.xp.ascontiguousarray(_T(G))
+        self.xp.multiply(Gt, self.a[last], out=c[last])
+        for k in range(last - 1, -1, -1):
+            if k == 0:
+                c[1] *= 0.5  # from here on c[1] is ½ c̄_1, in both formulas
+            self.xp.matmul(c[k + 1], self.X2, out=c[k])
+            c[k] += self.a[k] * Gt
+            if k + 2 <= last:
+                c[k] += c[k + 2]
+        Zbar = _T(Cbar[..., m:, :]) @ self.C[..., :-m, :]  # (n, (terms−1) m) x ((terms−1) m, n)
+        Zbar *= 2 / self.rho
+        return _T(c[0]), Zbar
+
+
+# ------------------------------------------------------------------------------------- low rank
+
+
+def orthonormal_basis(M, method="qr", steps=30):
+    """B (..., N, k) with orthonormal columns whose span contains that of M (..., N, r).
+
+    method: "qr" (reduced, k = min(N, r)), or "newton_schulz": `steps` of B ← ½ B (3I − BᵀB) from
+    M/‖M‖_F, matrix products only.  Each step multiplies a small singular value by 1.5, so a nearly
+    rank-deficient M needs many: σ = 1e-3 is at 0.06 after 10 steps and at 1 after 22.
+    For N ≤ r Newton–Schulz has no tall matrix to work on; the answer is then the identity.
+    """
+    xp = array_module(M)
+    _check_float("M", M, min_ndim=2)
+    if method == "qr":
+        return xp.linalg.qr(M)[0]
+    if method != "newton_schulz":
+        raise ValueError(f"method must be 'qr' or 'newton_schulz', got {method!r}")
+    *batch, N, r = M.shape
+    if N <= r:
+        return xp.broadcast_to(xp.eye(N, dtype=M.dtype), (*batch, N, N))
+    norm = xp.sqrt((M * M).sum(axis=(-2, -1), keepdims=True))
+    B = M / xp.where(norm == 0, M.dtype.type(1), norm)
+    for _ in range(steps):
+        B = 1.5 * B - 0.5 * B @ (_T(B) @ B)
+    return B
+
+
+GRAM_LIMIT = 30.0  # of (s‖QᵀQ‖^½ ‖KᵀK‖^½)² / max(1, ‖S‖): the gram route then loses < 5 bits
+RHO_MAX = (
+    64.0  # of ‖S‖: above it the spectrum is used, whose cost and accuracy do not depend on ‖S‖
+)
+
+
+class Saved(NamedTuple):
+    """What `osa_backward` needs; the fields that a route does not use are None."""
+
+    F: object  # [Q, K, V] (..., N, 2 d_v + m)
+    s: object  # α/√d_v (..., 1, 1)
+    d_v: int
+    small: object  # the `Chebyshev` or `Spectral` application of the small exponential
+    B: object = None  # basis routes: orthonormal basis (..., N, k), or None for B = I
+    R: object = None  # basis routes: BᵀP (..., k, r)
+    rho: float = None  # basis routes: ‖S‖_F/√2, maximum over the batch
+    G: object = None  # gram route: PᵀP (..., r, r)
+    alpha: object = None
+
+
+def osa_forward(Q, K, V, alpha, route="auto"):
+    """O = exp(S) V in time and memory linear in N, and what `osa_backward` needs.
+
+    Q, K: (..., N, d_v); V: (..., N, m), m = d_v in the layer; alpha: a number or an array that
+    broadcasts to (..., 1, 1).  All float32 or all float64, NumPy or CuPy; never modified.
+    route: "dense"          exp of the N × N matrix S, the definition
+           "qr"             Theorem 2.1: O = V + B (exp(BᵀSB) − I) BᵀV, B by QR of [Q, K]
+           "newton_schulz"  the same, with the basis by Newton–Schulz
+           "gram"           no basis: O = V + P Φ (PᵀV), Φ = sJ φ₁(sGJ), G = PᵀP
+           "auto"           N ≤ 2 d_v: B = I, since S itself is the small matrix; otherwise "gram"
+                            where its rounding error, about eps (s ‖QᵀQ‖_F^½ ‖KᵀK‖_F^½)², is
+                            harmless, and "qr" where not (nearly parallel tokens, large ‖S‖).
+    To pad, zero rows of Q and K: those rows of A are the identity's, on every route.
+    Returns (O, saved).  Raises ValueError or TypeError naming the argument at fault; ValueError for
+    NaN or Inf.  Source: Theorem 2.1 for "qr" and "newton_schulz"; "gram" and "auto" are ours.
+    """
+    Q, K, V, s = _checked(Q, K, V, alpha)
+    # One array for [Q, K, V], so that PᵀP and PᵀV are one matrix product.
+    F = array_module(Q).concatenate([Q, K, V], axis=-1)
+    O, saved = forward_joint(F, s, Q.shape[-1], route)
+    return O, saved._replace(alpha=alpha)
+
+
+def osa_backward(dO, saved):
+    """dQ, dK, dV, dalpha for the gradient dO (..., N, m) of O = osa_forward(...)[0].
+
+    dalpha has the shape of alpha.  No step differentiates a QR or a Newton–Schulz iteration:
+    exp(S) depends on Q and K through S alone, so the choice of basis has no gradient.
+    Raises ValueError for a dO of the wrong shape or dtype.
+    """
+    V = saved.F[..., 2 * saved.d_v :]
+    if dO.shape != V.shape or dO.dtype != V.dtype:
+        raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
+    dF, ds = backward_joint(dO, saved)
+    d_v, alpha = saved.d_v, saved.alpha
+    dalpha = ag.unbroadcast(ds / math.sqrt(d_v), getattr(alpha, "shape", ()))
+    return dF[..., :d_v], dF[..., d_v : 2 * d_v], dF[..., 2 * d_v :], dalpha
+
+
+def forward_joint(F, s, d_v, route="auto"):
+    """`osa_forward` on F = [Q, K, V] (..., N, 2 d_v + m) and s = α/√d_v (..., 1, 1), unchecked."""
+    if route not in ROUTES:
+        raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
+    xp, N, r = array_module(F), F.shape[-2], 2 * d_v
+    if route == "gram" or (route == "auto" and N > r):
+        M = _T(F[..., :r]) @ F  # (r, N) x (N, r + m) -> [G, PᵀV]
+        size2, rho = _gram_norms(M[..., :r], s, d_v)
+        if route == "gram" or bool((size2 <= GRAM_LIMIT * xp.maximum(rho, 1)).all()):
+            rho = float(rho.max())
+            if rho <= RHO_MAX or route == "gram":
+                return _gram_forward(F, M, s, d_v, rho)
+    if route == "dense" or (route == "auto" and N <= r):
+        B = None
+    else:
+        B = orthonormal_basis(F[..., :r], "newton_schulz" if route == "newton_schulz" else "qr")
+    return _basis_forward(F, B, s, d_v, spectral=route == "dense")
+
+
+def backward_joint(dO, saved):
+    """dF (..., N, 2 d_v + m) and ds (..., 1, 1) for the gradient dO (..., N, m), unchecked."""
+    return (_basis_backward if saved.G is None else _gram_backward)(dO, saved)
+
+
+def _gram_norms(G, s, d_v):
+    """(s ‖QᵀQ‖_F^½ ‖KᵀK‖_F^½)² and the bound ‖S‖_F/√2 ≥ ‖S‖₂, each (...), from G = PᵀP.
+
+    ‖S‖_F² = s² ‖QKᵀ − KQᵀ‖_F² = 2 s² (⟨QᵀQ, KᵀK⟩ − ⟨QᵀK, (QᵀK)ᵀ⟩), and the eigenvalues of S come
+    in pairs ±iθ.
+    """
+    xp = array_module(G)
+    QQ, QK, KK = G[..., :d_v, :d_v], G[..., :d_v, d_v:], G[..., d_v:, d_v:]
+
+    def dot(A, B):
+        return xp.einsum("...ij,...ij->...", A, B)
+
+    s2 = (s * s)[..., 0, 0]
+    with np.errstate(over="ignore", invalid="ignore"):
+        size2 = s2 * xp.sqrt(dot(QQ, QQ) * dot(KK, KK))
+        rho2 = s2 * (dot(QQ, KK) - dot(QK, _T(QK)))
+        return size2, xp.sqrt(xp.maximum(rho2, 0))
+
+
+def _J(M):
+    """J M = [M_2; −M_1] for M (..., r, m)."""
+    h = M.shape[-2] // 2
+    return array_module(M).concatenate([M[..., h:, :], -M[..., :h, :]], axis=-2)
+
+
+def _right_J(M):
+    """M J = [−M_2, M_1] for M (..., n, r)."""
+    h = M.shape[-1] // 2
+    return array_module(M).concatenate([-M[..., h:], M[..., :h]], axis=-1)
+
+
+def _gram_forward(F, M, s, d_v, rho):
+    r = 2 * d_v
+    P, V, G, W = F[..., :r], F[..., r:], M[..., :r], M[..., r:]
+    small = Chebyshev(s * _right_J(G), W, rho, _phi1)  # y = φ₁(sGJ) W
+    O = P @ (s * _J(small.value))  # (N, r) x (r, m)
+    O += V
+    return O, Saved(F, s, d_v, small, G=G)
+
+
+def _gram_backward(dO, saved):
+    """With W = PᵀV, Z = sGJ, y = φ₁(Z)W the output is O = V + P sJy.  For g = PᵀdO and h = sJᵀg the
+    series gives W̄ = φ₁(Zᵀ)h and Z̄; then Ḡ = s Z̄Jᵀ and
+        dV = dO + P W̄,   dP = dO (sJy)ᵀ + V W̄ᵀ + P (Ḡ + Ḡᵀ),   ds = ⟨Jᵀg, y⟩ + ⟨Z̄Jᵀ, G⟩."""
+    F, s, d_v, small = saved.F, saved.s, saved.d_v, saved.small
+    r, xp = 2 * d_v, array_module(F)
+    P = F[..., :r]
+    Jtg = -_J(_T(P) @ dO)  # (r, N) x (N, m)
+    Wbar, Zbar = small.adjoint(s * Jtg)
+    E = -_right_J(Zbar)  # Z̄Jᵀ
+    dF = xp.empty_like(F)
+    dP, dV = dF[..., :r], dF[..., r:]
+    xp.matmul(P, Wbar, out=dV)
+    dV += dO
+    xp.matmul(F, xp.concatenate([s * (E + _T(E)), _T(Wbar)], axis=-2), out=dP)  # [P, V] [Ḡ+Ḡᵀ; W̄ᵀ]
+    dP += dO @ _T(s * _J(small.value))
+    ds = _inner(Jtg, small.value) + _inner(E, saved.G)
+    return dF, ds
+
+
+def _inner(A, B):
+    """⟨A, B⟩ over the last two axes, (..., 1, 1)."""
+    return (A * B).sum(axis=(-2, -1), keepdims=True)
+
+
+def _basis_forward(F, B, s, d_v, spectral=False):
+    r = 2 * d_v
+    BtF = F if B is None else _T(B) @ F  # (k, N) x (N, r + m) -> [R, b]
+    R, b = BtF[..., :r], BtF[..., r:]
+    S = s * _unscaled_scores(R)  # S̃ = BᵀSB
+    rho = float(array_module(F).sqrt(_inner(S, S) / 2).max())
+    small = Spectral(S, b) if spectral or not rho <= RHO_MAX else Chebyshev(S, b, rho)
+    O = small.value if B is None else F[..., r:] + B @ (small.value - b)
+    return O, Saved(F, s, d_v, small, B, R, rho)
+
+
+def _unscaled_scores(R):
+    """R J Rᵀ = R_Q R_Kᵀ − R_K R_Qᵀ, exactly skew-symmetric."""
+    h = R.shape[-1] // 2
+    QKt = R[..., :h] @ _T(R[..., h:])
+    return QKt - _T(QKt)
+
+
+def _basis_backward(dO, saved):
+    """With S̃ = BᵀSB, b = BᵀV, g = BᵀdO, L = L(S̃ᵀ, g bᵀ), u = φ₁(S̃)b, w = φ₁(S̃)ᵀg, the gradient
+    Ŝ of S enters only through H = (Ŝ − Ŝᵀ)B, and P through R = BᵀP (P = B R):
+        H = B (L − Lᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
+        dP = −s H R J,   dV = dO + B (exp(S̃)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩."""
+    F, s, d_v, B, R, small = saved.F, saved.s, saved.d_v, saved.B, saved.R, saved.small
+    xp, r, RJ = array_module(F), 2 * d_v, _right_J(R)
+    V = F[..., r:]
+    g = dO if B is None else _T(B) @ dO
+    expSt_g, L = small.adjoint(g)
+    dP, dV = (L - _T(L)) @ RJ, expSt_g
+    if B is not None:
+        S, b = s * _unscaled_scores(R), _T(B) @ V
+        u = type(small)(S, b, saved.rho, _phi1).value
+        w = type(small)(-S, g, saved.rho, _phi1).value
+        dP = B @ dP + (dO - B @ g) @ (_T(u) @ RJ) - (V - B @ b) @ (_T(w) @ RJ)
+        dV = dO + B @ (expSt_g - g)
+    return xp.concatenate([-s * dP, dV], axis=-1), _inner(L, _unscaled_scores(R))
+
+
+def attention_matrix(Q, K, alpha, route="auto"):
+    """A = exp(S) (..., N, N) ∈ SO(N), by applying it to the identity: for pictures and checks."""
+    xp = array_module(Q, K)
+    I = xp.broadcast_to(xp.eye(Q.shape[-2], dtype=Q.dtype), (*Q.shape[:-1], Q.shape[-2]))
+    return osa_forward(Q, K, I, alpha, route)[0]
+
+
+def rotation_angles(Q, K, alpha):
+    """θ (..., d_v), descending: A rotates d_v planes by the angles θ, and ‖S‖₂ = θ[..., 0].
+
+    The eigenvalues of S are ±iθ and 0.  Q, K: (..., N, d_v); zeros are appended where N < 2 d_v.
+    """
+    Q, K, _, s = _checked(Q, K, Q, alpha)
+    xp, d_v = array_module(Q), Q.shape[-1]
+    R = xp.linalg.qr(xp.concatenate([Q, K], axis=-1), mode="r")  # Theorem 2.1: S̃ = s R J Rᵀ
+    lam = skew_eigh(s * _unscaled_scores(R))[0]  # ascending, in pairs ±θ
+    theta = xp.zeros(Q.shape[:-2] + (d_v,), Q.dtype)
+    planes = lam.shape[-1] // 2
+    theta[..., :planes] = xp.maximum(lam[..., ::-1][..., :planes], 0)
+    return theta
+
+
+def _check_float(name, a, min_ndim=0):
+    if a.dtype not in (np.float32, np.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {a.dtype}")
+    if a.ndim < min_ndim:
+        raise ValueError(f"{name} needs at least {min_ndim} dimensions, got shape {a.shape}")
+
+
+def _checked(Q, K, V, alpha):
+    """Q, K, V as they are and s = α/√d_v (..., 1, 1) of their dtype; raises on bad input."""
+    xp = array_module(Q, K, V, alpha)
+    for name, a in (("Q", Q), ("K", K), ("V", V)):
+        _check_float(name, a, min_ndim=2)
+        if a.dtype != Q.dtype:
+            raise TypeError(f"Q, K and V must have one dtype, got {Q.dtype}, {K.dtype}, {V.dtype}")
+        if a.shape[:-1] != Q.shape[:-1]:
+            raise ValueError(f"{name} has shape {a.shape}; Q has {Q.shape}: only widths may differ")
+        if a.size == 0:
+            raise ValueError(f"{name} is empty: shape {a.shape}")
+        # NaN or Inf survive a sum; a sum that overflows is looked at again, entry by entry.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if xp is np and not np.isfinite(a.sum()) and not np.isfinite(a).all():
+                raise ValueError(f"{name} contains NaN or Inf")
+    if K.shape != Q.shape:
+        raise ValueError(f"Q and K must have one shape, got {Q.shape} and {K.shape}")
+    alpha = xp.asarray(alpha, dtype=Q.dtype)
+    if alpha.ndim and (alpha.shape[-2:] != (1, 1) or alpha.ndim > Q.ndim):
+        raise ValueError(f"alpha must be a number or have shape (..., 1, 1), got {alpha.shape}")
+    if xp is np and not np.isfinite(alpha).all():
+        raise ValueError("alpha contains NaN or Inf")
+    np.broadcast_shapes(alpha.shape, Q.shape)
+    return Q, K, V, xp.atleast_2d(alpha) / math.sqrt(Q.shape[-1])
+
+
+# ------------------------------------------------------------------------------- initialisation
+
+
+def random_orthogonal(n, m, rng, dtype=np.float32):
+    """A Haar-random n × m matrix with orthonormal columns (n ≥ m) or rows (n < m), NumPy."""
+    if n < m:
+        return np.ascontiguousarray(random_orthogonal(m, n, rng, dtype).T)
+    B, R = np.linalg.qr(rng.standard_normal((n, m)))
+    return (B * np.where(np.diag(R) < 0, -1.0, 1.0)).astype(dtype)  # signs: Haar, not LAPACK's
+
+
+def init_mosa(d, heads, rng, alpha=0.1, dtype=np.float32):
+    """The initialisation of one multi-head OSA layer of width d, a dict of NumPy arrays.
+
+    W_QK (heads, d, 2 d_v): [W_Q, W_K] per head, orthonormal columns;  W_V, W_O (d, d): orthogonal;
+    alpha (heads, 1, 1).  Then ‖M-OSA(X)‖_F = ‖X‖_F for every α.  d_v = d / heads.
+    Raises ValueError unless heads divides d and 2 d_v ≤ d, that is, heads ≥ 2.
+    """
+    if heads < 1 or d % heads:
+        raise ValueError(f"heads must divide the width: {heads} heads, width {d}")
+    d_v = d // heads
+    if 2 * d_v > d:
+        raise ValueError(
+            f"[W_Q, W_K] cannot have orthonormal columns: 2 d_v = {2 * d_v} > d = {d}; "
+            "use at least 2 heads"
+        )
+    return {
+        "W_QK": np.stack([random_orthogonal(d, 2 * d_v, rng, dtype) for _ in range(heads)]),
+        "W_V": random_orthogonal(d, d, rng, dtype),
+        "W_O": random_orthogonal(d, d, rng, dtype),
+        "alpha": np.full((heads, 1, 1), alpha, dtype),
+    }
+
+
+def calibrate_alpha(Q, K, target):
+    """α (heads, 1, 1) for which the largest ‖S‖₂ over a batch is `target` in every head.
+
+    Q, K: (batch, heads, N, d_v).  ‖S‖₂ is proportional to α.  A head with S = 0 gets α = target.
+    """
+    norm = rotation_angles(Q, K, 1.0)[..., 0].max(axis=0)[:, None, None]  # (heads, 1, 1)
+    return target / array_module(Q).where(norm == 0, 1, norm).astype(Q.dtype)
+
+
+def tailored_slope(depth, eta):
+    """Slope a of the leaky ReLU for which `depth` of them take correlation 0 to eta.
+
+    For unit-variance pairs of correlation c, φ_a(x) = √(2/(1+a²)) LReLU_a(x) gives
+        C_a(c) = c + (1−a)²/(π(1+a²)) (√(1−c²) − c arccos c)      (TAT, arXiv 2203.08120).
+    Bisection: the composition falls from its value at a = 0 (ReLU) to 0 at a = 1 (linear).
+    Raises ValueError for an eta that even ReLU does not reach.
+    """
+
+    def composed(a):
+        c = 0.0
+        for _ in range(depth):
+            c += (1 - a) ** 2 / (math.pi * (1 + a * a)) * (math.sqrt(1 - c * c) - c * math.acos(c))
+            c = min(c, 1.0)
+        return c
+
+    if not 0 < eta <= composed(0.0):
+        raise ValueError(
+            f"eta must be in (0, {composed(0.0):.4f}] for depth {depth}: "
+            f"beyond it lies not even the ReLU; got {eta}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if composed(middle) > eta else (low, middle)
+    return low
+
+
+# ---------------------------------------------------------------------------------------- layer
+
+
+def _osa_joint(F, alpha):
+    d_v = F.shape[-1] // 3
+    return forward_joint(F, alpha / math.sqrt(d_v), d_v)
+
+
+def _osa_joint_backward(dO, saved):
+    dF, ds = backward_joint(dO, saved)
+    return dF, ag.unbroadcast(ds / math.sqrt(saved.d_v), saved.s.shape)
+
+
+# Orthogonal attention as one node of the autograd graph: F = [Q, K, V] (B, h, N, 3 d_v) and
+# alpha (h, 1, 1) -> O (B, h, N, d_v), with the manual backward pass above.
+osa = ag.operator(_osa_joint, _osa_joint_backward)
+
+
+class MultiHeadOSA:
+    """M-OSA(X) = [O_1, …, O_h] W_O, X (B, N, d) -> (B, N, d).  Parameters: see `init_mosa`."""
+
+    def __init__(self, d, heads, rng, xp=np, dtype=np.float32):
+        self.heads = heads
+        init = init_mosa(d, heads, rng, dtype=dtype)
+        self.parameters = {k: Tensor(xp.asarray(v), requires_grad=True) for k, v in init.items()}
+
+    def project(self, X):
+        """F = [Q, K, V] (B, h, N, 3 d_v) of the tokens X (B, N, d), in one matrix product."""
+        (B, N, d), h = X.shape, self.heads
+        W_V = self.parameters["W_V"].reshape(d, h, d // h).transpose(1, 0, 2)  # (h, d, d_v)
+        W = ag.concatenate([self.parameters["W_QK"], W_V], axis=-1)  # (h, d, 3 d_v)
+        F = X @ W.transpose(1, 0, 2).reshape(d, 3 * d)  # (B, N, d) x (d, h · 3 d_v)
+        return F.reshape(B, N, h, 3 * d // h).transpose(0, 2, 1, 3)
+
+    def attend(self, F):
+        """O (B, h, N, d_v) from F = [Q, K, V] (B, h, N, 3 d_v)."""
+        return osa(F, self.parameters["alpha"])
+
+    def __call__(self, X):
+        O = self.attend(self.project(X)).transpose(0, 2, 1, 3)  # (B, N, h, d_v)
+        return O.reshape(X.shape) @ self.parameters["W_O"]
+
+
+class MLP:
+    """φ(X W_1 + b_1) W_2 + b_2 with a tailored leaky ReLU φ and semi-orthogonal W_1, W_2.
+
+    W_1 (d, m d) has orthonormal rows, W_2 (m d, d) orthonormal columns.  φ is positively
+    homogeneous, so the gain √m that restores the variance of X W_1 is taken into φ.
+    """
+
+    def __init__(self, d, ratio, slope, rng, xp=np, dtype=np.float32):
+        self.slope = slope
+        self.gain = math.sqrt(2 / (1 + slope * slope)) * math.sqrt(ratio)
+        init = {
+            "W_1": random_orthogonal(d, ratio * d, rng, dtype),
+            "b_1": np.zeros(ratio * d, dtype),
+            "W_2": random_orthogonal(ratio * d, d, rng, dtype),
+            "b_2": np.zeros(d, dtype),
+        }
+        self.parameters = {k: Tensor(xp.asarray(v), requires_grad=True) for k, v in init.items()}
+
+    def __call__(self, X):
+        p = self.parameters
+        H = ag.leaky_relu(X @ p["W_1"] + p["b_1"], self.slope, self.gain)
+        return H @ p["W_2"] + p["b_2"]
+
+
+# -------------------------------------------------------------------------------------- network
+
+
+def patchify(images, patch):
+    """(B, H, W) images -> (B, N, patch²) tokens, row by row; N = H W / patch²."""
+    B, H, W = images.shape
+    if H % patch or W % patch:
+        raise ValueError(f"patch must divide the image: patch {patch}, image {H} x {W}")
+    tiles = images.reshape(B, H // patch, patch, W // patch, patch).transpose(0, 1, 3, 2, 4)
+    return tiles.reshape(B, -1, patch * patch)
+
+
+class SkiplessTransformer:
+    """patches -> linear + position -> depth × [X ← MLP(M-OSA(X))] -> mean over tokens -> linear.
+
+    No skip connection and no normalisation layer.  images: (B, H, W) -> logits (B, classes).
+    The weights are drawn on the CPU from `rng`, then moved to the module `xp`.
+    """
+
+    Attention = MultiHeadOSA
+
+    def __init__(
+        self, *, d, heads, depth, patch, image, classes, mlp_ratio, eta, rng, xp=np,
+        dtype=np.float32,
+    ):  # fmt: skip
+        if image % patch:
+            raise ValueError(f"patch must divide the image: patch {patch}, image {image} x {image}")
+        self.patch, N = patch, (image // patch) ** 2
+        slope = tailored_slope(depth, eta)
+        init = {
+            "W_E": random_orthogonal(patch * patch, d, rng, dtype),
+            "b_E": rng.standard_normal((N, d)).astype(dtype) * dtype(0.1),  # position embedding
+            "W_C": random_orthogonal(d, classes, rng, dtype),
+            "b_C": np.zeros(classes, dtype),
+        }
+        self.ends = {k: Tensor(xp.asarray(v), requires_grad=True) for k, v in init.items()}
+        self.layers = [
+            (self.Attention(d, heads, rng, xp, dtype), MLP(d, mlp_ratio, slope, rng, xp, dtype))
+            for _ in range(depth)
+        ]
+
+    @property
+    def parameters(self):
+        """All parameters by name: "W_E", …, "layers.0.W_QK", …"""
+        named = dict(self.ends)
+        for i, layer in enumerate(self.layers):
+            for part in layer:
+                named |= {f"layers.{i}.{k}": t for k, t in part.parameters.items()}
+        return named
+
+    def embed(self, images):
+        """X (B, N, d), the input of the first layer."""
+        patches = patchify(images, self.patch)
+        return Tensor(patches) @ self.ends["W_E"] + self.ends["b_E"]
+
+    def layer(self, X, attention, mlp):
+        """X ← MLP(M-OSA(X))"""
+        return mlp(attention(X))
+
+    def __call__(self, images):
+        X = self.embed(images)
+        for attention, mlp in self.layers:
+            X = self.layer(X, attention, mlp)
+        return X.mean(axis=1) @ self.ends["W_C"] + self.ends["b_C"]
