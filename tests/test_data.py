@@ -1,0 +1,443 @@
+"""data.py: what it reads, what it refuses, and how it splits, scales and orders images."""
+
+import contextlib
+import gzip
+import io
+import re
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from data import DataError
+
+ROOT = Path(data.__file__).parent
+
+
+def small(n=12, m=5, size=3, labels=4):
+    """Four arrays with every label present and no two images alike."""
+    rng = np.random.default_rng(7)
+    return {
+        "x_train": rng.integers(0, 256, (n, size, size), dtype=np.uint8),
+        "y_train": (np.arange(n) % labels).astype(np.uint8),
+        "x_test": rng.integers(0, 256, (m, size, size), dtype=np.uint8),
+        "y_test": (np.arange(m) % labels).astype(np.uint8),
+    }
+
+
+def idx_bytes(a):
+    return struct.pack(f">{1 + a.ndim}I", 0x0800 | a.ndim, *a.shape) + a.tobytes()
+
+
+def write_npz(path, arrays, compressed=False):
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    return path
+
+
+def write_idx(folder, arrays, opener=open, end="", dotted=False):
+    folder.mkdir()
+    for key, a in arrays.items():
+        stem = data.IDX[key].replace("-idx", ".idx") if dotted else data.IDX[key]
+        with opener(folder / (stem + end), "wb") as file:
+            file.write(idx_bytes(a))
+    return folder
+
+
+def refusal(path):
+    """The message with which `path` is refused: one line that names it."""
+    with pytest.raises(DataError) as caught:
+        data.load(path)
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text and "expected" in text
+    return text
+
+
+def assert_holds(dataset, arrays):
+    for key, a in arrays.items():
+        got = getattr(dataset, key)
+        assert got.dtype == np.uint8 and got.shape == a.shape and (got == a).all()
+
+
+# ------------------------------------------------------------------------------- bundled MNIST
+
+
+def test_bundled_file_is_mnist():
+    mnist = data.load()
+    assert mnist.x_train.shape == (60000, 28, 28) and mnist.x_test.shape == (10000, 28, 28)
+    assert mnist.y_train[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert np.bincount(mnist.y_test).tolist() == [
+        980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009
+    ]  # fmt: skip
+    assert mnist.classes == 10 and mnist.name == "mnist.npz"
+    mean, std = data.statistics(mnist.x_train)
+    assert abs(mean - 0.1307) < 5e-5 and abs(std - 0.3081) < 5e-5  # the numbers everybody uses
+
+
+def test_readme_of_data_prints_the_checksums_that_it_states(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = Path("data/README.md").read_text(encoding="utf-8")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert printed.getvalue().count("\n") == 5 and printed.getvalue() in text
+    assert data.SHA256 in text and "\nba891046" in text
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "lengthened", "emptied", "missing"])
+def test_bundled_file_is_refused_when_it_is_not_the_one_published(tmp_path, monkeypatch, damage):
+    content = Path(data.BUNDLED).read_bytes()
+    changed = {
+        "altered": content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+        "truncated": content[:-1],
+        "lengthened": content + b"\0",
+        "emptied": b"",
+    }
+    monkeypatch.setattr(data, "BUNDLED", str(tmp_path / "mnist.npz"))
+    if damage != "missing":
+        Path(data.BUNDLED).write_bytes(changed[damage])
+    with pytest.raises(DataError) as caught:
+        data.load()
+    text = str(caught.value)
+    assert data.BUNDLED in text and "9,477,731 bytes with SHA-256 a7ca5941ed14" in text
+    assert ("No such file" if damage == "missing" else "altered or truncated") in text
+    assert "\n" not in text
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz_file_is_read_as_written(tmp_path, compressed):
+    arrays = small()
+    dataset = data.load(write_npz(tmp_path / "own.npz", arrays, compressed))
+    assert_holds(dataset, arrays)
+    assert dataset.name == "own.npz" and dataset.classes == 4
+
+
+def test_npz_in_column_major_order_is_read_as_written(tmp_path):
+    arrays = small()
+    path = write_npz(tmp_path / "own.npz", {k: np.asfortranarray(a) for k, a in arrays.items()})
+    assert_holds(data.load(str(path)), arrays)
+
+
+@pytest.mark.parametrize("opener, end", [(open, ""), (gzip.open, ".gz")])
+@pytest.mark.parametrize("dotted", [False, True])
+def test_idx_folder_is_read_as_written(tmp_path, opener, end, dotted):
+    arrays = small()
+    dataset = data.load(write_idx(tmp_path / "idx", arrays, opener, end, dotted))
+    assert_holds(dataset, arrays)
+    assert dataset.name == "idx"
+
+
+def test_idx_folder_may_mix_plain_and_gz_files(tmp_path):
+    arrays = small()
+    folder = write_idx(tmp_path / "idx", arrays)
+    plain = folder / data.IDX["x_train"]
+    (folder / (plain.name + ".gz")).write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    assert_holds(data.load(folder), arrays)
+
+
+# ------------------------------------------------------------------------------------ refusing
+
+
+def test_paths_that_are_no_data_set_are_refused(tmp_path):
+    assert "no such file or folder" in refusal(tmp_path / "nothing.npz")
+    assert "holds no train-images-idx3-ubyte" in refusal(tmp_path)
+    (tmp_path / "digits.csv").write_text("5,0,4")
+    assert "is not an .npz file" in refusal(tmp_path / "digits.csv")
+    (tmp_path / "text.npz").write_text("not a zip file")
+    assert "damaged or truncated" in refusal(tmp_path / "text.npz")
+    with pytest.raises(DataError, match="no such file or folder"):
+        data.load("")
+
+
+@pytest.mark.parametrize("key", data.IDX)
+def test_missing_array_or_file_is_named(tmp_path, key):
+    arrays = small()
+    folder = write_idx(tmp_path / "idx", arrays)
+    (folder / data.IDX[key]).unlink()
+    assert f"holds no {data.IDX[key]}" in refusal(folder)
+    del arrays[key]
+    assert f"holds no {key}" in refusal(write_npz(tmp_path / "own.npz", arrays))
+
+
+WRONG = {
+    "not square": ({"x_train": np.zeros((12, 3, 4), np.uint8)}, "x_train has shape (12, 3, 4)"),
+    "flat": ({"x_test": np.zeros((5, 9), np.uint8)}, "x_test has shape (5, 9)"),
+    "one-hot": ({"y_train": np.zeros((12, 4), np.uint8)}, "y_train has shape (12, 4)"),
+    "float images": ({"x_train": np.zeros((12, 3, 3), np.float32)}, "x_train has dtype float32"),
+    "int64 labels": ({"y_test": np.zeros(5, np.int64)}, "y_test has dtype int64"),
+    "empty": (small(n=0), "x_train has shape (0, 3, 3)"),
+    "empty test set": (small(m=0), "x_test has shape (0, 3, 3)"),
+    "images of no pixels": ({"x_train": np.zeros((12, 0, 0), np.uint8)}, "has shape (12, 0, 0)"),
+    "counts": ({"y_train": np.zeros(11, np.uint8)}, "12 images x_train but 11 labels y_train"),
+    "test counts": ({"y_test": np.zeros(6, np.uint8)}, "5 images x_test but 6 labels y_test"),
+    "two sizes": ({"x_test": np.zeros((5, 2, 2), np.uint8)}, "x_train has images of (3, 3)"),
+    "label 255": ({"y_train": np.full(12, 255, np.uint8)}, "y_train has a label 255"),
+    "unseen label": ({"y_test": np.full(5, 4, np.uint8)}, "y_test has a label 4, above the 3"),
+    "extra array": ({"x_extra": np.zeros(3, np.uint8)}, "holds an array 'x_extra'"),
+    "objects": ({"y_train": np.array([None] * 12)}, "dtype object"),
+    "strings": ({"y_train": np.array(["5"] * 12)}, "dtype <U1"),
+}
+
+
+@pytest.mark.parametrize("wrong, message", WRONG.values(), ids=WRONG)
+def test_arrays_of_the_wrong_form_are_refused(tmp_path, wrong, message):
+    assert message in refusal(write_npz(tmp_path / "own.npz", small() | wrong))
+
+
+@pytest.mark.parametrize(
+    "name", ["not square", "empty", "counts", "test counts", "two sizes", "unseen label"]
+)
+def test_idx_files_of_the_wrong_form_are_refused(tmp_path, name):
+    wrong, message = WRONG[name]
+    with pytest.raises(DataError, match=re.escape(message)):
+        data.load(write_idx(tmp_path / "idx", small() | wrong))
+
+
+@pytest.mark.parametrize(
+    "magic", [0x00000801, 0x00000D03, 0x00000804, 0x03080000, 0x1F8B0803, 0x01000803]
+)
+def test_idx_file_with_another_magic_is_refused(tmp_path, magic):
+    folder = write_idx(tmp_path / "idx", small())
+    path = folder / data.IDX["x_train"]
+    path.write_bytes(struct.pack(">I", magic) + path.read_bytes()[4:])
+    text = refusal(folder)
+    assert f"{path}: wrong magic 0x{magic:08x}; expected" in text and "magic 0x00000803" in text
+
+
+@pytest.mark.parametrize("key", ["x_train", "y_test"])
+@pytest.mark.parametrize("opener, end", [(open, ""), (gzip.open, ".gz")])
+def test_idx_file_cut_anywhere_or_lengthened_is_refused(tmp_path, key, opener, end):
+    folder = write_idx(tmp_path / "idx", small(), opener, end)
+    path = folder / (data.IDX[key] + end)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        assert "truncated" in refusal(folder), length
+    path.write_bytes(content + b"\1")
+    refusal(folder)
+    with opener(path, "ab") as file:
+        file.write(b"more")
+    refusal(folder)
+    with opener(path, "wb") as file:
+        file.write(idx_bytes(small()[key]) + b"\0")
+    assert "goes on after" in refusal(folder)
+
+
+def test_gz_file_with_a_changed_byte_is_refused_or_read_unchanged(tmp_path):
+    arrays = small()
+    folder = write_idx(tmp_path / "idx", arrays, gzip.open, ".gz")
+    path = folder / (data.IDX["x_train"] + ".gz")
+    content = bytearray(path.read_bytes())
+    refused = 0
+    for i in range(len(content)):
+        content[i] ^= 0x55
+        path.write_bytes(content)
+        content[i] ^= 0x55
+        try:
+            assert_holds(data.load(folder), arrays)  # the time stamp, the file name
+        except DataError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz_file_cut_anywhere_is_refused(tmp_path, compressed):
+    path = write_npz(tmp_path / "own.npz", small(), compressed)
+    content = path.read_bytes()
+    for length in range(0, len(content), 3):
+        path.write_bytes(content[:length])
+        refusal(path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz_file_with_a_changed_byte_is_refused_or_read_unchanged(tmp_path, compressed):
+    arrays = small()
+    path = write_npz(tmp_path / "own.npz", arrays, compressed)
+    content = bytearray(path.read_bytes())
+    for i in range(0, len(content), 2):
+        content[i] ^= 0x10
+        path.write_bytes(content)
+        content[i] ^= 0x10
+        with contextlib.suppress(DataError):
+            assert_holds(data.load(path), arrays)  # dates, permissions
+
+
+def npy(shape, content=b""):
+    file = io.BytesIO()
+    header = {"shape": shape, "fortran_order": False, "descr": "|u1"}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + content
+
+
+def test_header_that_lies_is_refused_without_taking_memory(tmp_path):
+    lies = [(10**6, 1000, 1000), (10**12, 1, 1), (10**30, 1, 1), (10**6, 30, 30), (-1, 3, 3)]
+    tracemalloc.start()
+    try:
+        for number, shape in enumerate(lies):
+            path = tmp_path / f"{number}.npz"
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("x_train.npy", npy(shape, bytes(108)))
+            refusal(path)
+        for number, shape in enumerate([(2**32 - 1,) * 3, (10**6, 1000, 1000), (10**6, 30, 30)]):
+            for opener, end in [(open, ""), (gzip.open, ".gz")]:
+                folder = write_idx(tmp_path / f"{number}{end}", small(), opener, end)
+                with opener(folder / (data.IDX["x_train"] + end), "wb") as file:
+                    file.write(struct.pack(">4I", 0x803, *shape) + bytes(108))
+                refusal(folder)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_bombs_are_refused_without_being_unpacked(tmp_path):
+    zeros = bytes(20_000_000)
+    folder = write_idx(tmp_path / "idx", small())
+    (folder / data.IDX["y_test"]).unlink()
+    with gzip.open(folder / (data.IDX["y_test"] + ".gz"), "wb") as file:
+        file.write(struct.pack(">2I", 0x801, 5) + zeros)
+    with zipfile.ZipFile(tmp_path / "own.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("y_test.npy", npy((5,), zeros))
+    tracemalloc.start()
+    try:
+        assert "goes on after the 5 bytes" in refusal(folder)
+        assert "is not of that size" in refusal(tmp_path / "own.npz")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_npz_that_declares_more_than_a_gibibyte_is_refused(tmp_path):
+    path = write_npz(tmp_path / "own.npz", small())
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\1\2") + 24  # the unpacked size in the central directory
+    content[at : at + 4] = struct.pack("<I", 2**30)
+    path.write_bytes(content)
+    assert "declares 1,073," in refusal(path)
+
+
+# --------------------------------------------------------------------------- splitting, scaling
+
+
+def dataset(n=100):
+    """Image i has the value i in every pixel, and the label i % 10."""
+    x = np.arange(n, dtype=np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2)
+    y = (np.arange(n) % 10).astype(np.uint8)
+    return data.Dataset(x, y, x[:5], y[:5], "numbers")
+
+
+def test_split_shares_out_every_image_once_with_its_label():
+    x, y, x_val, y_val = data.split(dataset(), 30, rng=np.random.default_rng(0))
+    assert len(x) == len(y) == 70 and len(x_val) == len(y_val) == 30
+    images = np.concatenate([x, x_val])[:, 0, 0]
+    assert sorted(images) == list(range(100))
+    assert (np.concatenate([y, y_val]) == images % 10).all()
+    assert sorted(x_val[:, 0, 0]) != list(range(30))  # drawn, not the first ones
+
+
+def test_split_is_decided_by_the_generator_alone():
+    first, again = (data.split(dataset(), 30, rng=np.random.default_rng(3)) for _ in range(2))
+    other = data.split(dataset(), 30, rng=np.random.default_rng(4))
+    assert all((a == b).all() for a, b in zip(first, again))
+    assert (first[2] != other[2]).any()
+
+
+@pytest.mark.parametrize("limit, held_out", [(1, 1), (4, 1), (5, 1), (10, 2), (50, 10), (99, 1)])
+def test_limit_keeps_so_many_training_images_and_a_fifth_to_validate(limit, held_out):
+    validation = 1 if limit == 99 else 5000
+    x, y, x_val, y_val = data.split(dataset(), validation, limit, rng=np.random.default_rng(0))
+    assert (len(x), len(y), len(x_val), len(y_val)) == (limit, limit, held_out, held_out)
+    assert not set(x[:, 0, 0]) & set(x_val[:, 0, 0])
+
+
+def test_nothing_is_held_out_on_request():
+    for limit, kept in [(None, 100), (20, 20), (100, 100)]:
+        x, _, x_val, y_val = data.split(dataset(), 0, limit, rng=np.random.default_rng(0))
+        assert len(x) == kept and x_val.shape == (0, 2, 2) and y_val.shape == (0,)
+
+
+@pytest.mark.parametrize("validation, limit", [(100, None), (20, 90), (0, 101), (-1, None), (5, 0)])
+def test_split_refuses_more_images_than_there_are(validation, limit):
+    with pytest.raises(DataError, match="validation") as caught:
+        data.split(dataset(), validation, limit, rng=np.random.default_rng(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_are_those_of_the_pixels():
+    x = np.random.default_rng(1).integers(0, 200, (5000, 4, 4), dtype=np.uint8)
+    mean, std = data.statistics(x)
+    assert abs(mean - (x / 255).mean()) < 1e-14 and abs(std - (x / 255).std()) < 1e-14
+    assert type(mean) is float and type(std) is float
+    assert data.statistics(np.array([[[0]], [[255]]], np.uint8)) == (0.5, 0.5)
+
+
+def test_statistics_take_little_memory():
+    x = np.random.default_rng(1).integers(0, 256, (60000, 28, 28), dtype=np.uint8)
+    tracemalloc.start()
+    try:
+        data.statistics(x)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("x", [np.full((3, 2, 2), 9, np.uint8), np.zeros((0, 2, 2), np.uint8)])
+def test_statistics_refuse_images_that_cannot_be_scaled(x):
+    with pytest.raises(DataError, match="all pixels are equal"):
+        data.statistics(x)
+
+
+def test_standardised_images_are_float32_with_mean_0_and_deviation_1():
+    x = np.random.default_rng(1).integers(0, 256, (50, 4, 4), dtype=np.uint8)
+    mean, std = data.statistics(x)
+    out = data.standardise(x, mean, std)
+    assert out.dtype == np.float32 and out.shape == x.shape
+    assert np.abs(out - (x / 255 - mean) / std).max() < 4 * np.finfo(np.float32).eps
+    assert abs(out.mean(dtype=float)) < 1e-7 and abs(out.std(dtype=float) - 1) < 1e-7
+    with pytest.raises(DataError, match="uint8, got float64"):
+        data.standardise(x / 255, mean, std)
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("n, size, count", [(10, 3, 3), (9, 3, 3), (3, 3, 1), (10, 1, 10)])
+def test_an_epoch_is_batches_of_one_size_without_repeats(n, size, count):
+    epoch = list(data.batches(n, size, np.random.default_rng(0)))
+    assert [len(b) for b in epoch] == [size] * count
+    indices = np.concatenate(epoch)
+    assert len(set(indices.tolist())) == len(indices) and indices.min() >= 0 and indices.max() < n
+    assert indices.dtype == np.int64
+
+
+def test_fewer_images_than_a_batch_make_one_short_batch():
+    (batch,) = data.batches(5, 64, np.random.default_rng(0))
+    assert sorted(batch) == [0, 1, 2, 3, 4]
+
+
+def test_epochs_differ_and_a_seed_repeats_them():
+    def two_epochs(seed):
+        rng = np.random.default_rng(seed)
+        return [np.concatenate(list(data.batches(64, 8, rng))).tolist() for _ in range(2)]
+
+    assert two_epochs(5) == two_epochs(5)
+    assert two_epochs(5)[0] != two_epochs(5)[1]
+
+
+def test_the_order_is_drawn_before_the_first_batch_is_taken():
+    rng, twin = np.random.default_rng(0), np.random.default_rng(0)
+    data.batches(64, 8, rng)
+    twin.permutation(64)
+    assert rng.bit_generator.state == twin.bit_generator.state
+
+
+@pytest.mark.parametrize("n, size", [(0, 4), (4, 0), (4, -1)])
+def test_batches_of_nothing_are_refused(n, size):
+    with pytest.raises(DataError, match="n >= 1 and batch_size >= 1"):
+        data.batches(n, size, np.random.default_rng(0))

@@ -1,0 +1,616 @@
+"""Trains a skipless Orthogonal-Self-Attention Transformer on MNIST, on a CPU or a GPU.
+
+    python train.py                          the main job, preset "mnist"
+    python train.py --preset tiny            ten seconds, 1,000 images
+    python train.py --attention softmax --skip --norm       a baseline: the usual ViT
+    python train.py --resume runs/NAME       goes on with a stopped run
+    python train.py --eval runs/NAME/checkpoint.npz         test accuracy of a trained model
+
+Every run writes a folder with config.json, metrics.csv, summary.json, checkpoint.npz, curves.png.
+"""
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+THREAD_VARIABLES = (
+    "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"
+)  # fmt: skip
+
+
+def set_threads(arguments):
+    """Applies `--threads N`: libraries of linear algebra read their limit once, on import."""
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--threads":
+            value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+            if value.isdigit() and int(value) > 0:  # anything else is refused by the parser
+                os.environ.update(dict.fromkeys(THREAD_VARIABLES, value))
+
+
+if __name__ == "__main__":
+    set_threads(sys.argv[1:])
+
+import numpy as np  # noqa: E402
+
+import autograd as ag  # noqa: E402
+import baselines  # noqa: E402
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import optimizers  # noqa: E402
+from osa_minimal import attention_matrix, calibrate_alpha, rotation_angles  # noqa: E402
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line and exit status 2, no traceback."""
+
+
+# ---------------------------------------------------------------------------------- configuration
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything that determines the weights at the end of a run; the defaults are "mnist"."""
+
+    preset: str = "mnist"
+    attention: str = "osa"
+    skip: bool = False
+    norm: bool = False
+    depth: int = 4
+    width: int = 64
+    heads: int = 2
+    patch: int = 7
+    mlp_ratio: int = 2
+    eta: float = 0.5  # correlation that the tailored leaky ReLUs of all layers take 0 to
+    s_norm: float = 0.1  # ‖S‖₂ on the first batch, to which α is calibrated
+    epochs: int = 6
+    batch_size: int = 128
+    optimizer: str = "muon"
+    lr: float = 0.01  # of the matrices under Muon; of everything under AdamW
+    adam_lr: float = 0.002  # of what is not a matrix, under Muon
+    alpha_lr: float = 0.001
+    weight_decay: float = 0.0  # of AdamW
+    warmup: int = 100
+    clip: float = 1.0
+    limit_data: int = 0  # 0: all
+    seed: int = 0
+
+
+PRESETS = {
+    "mnist": {},
+    "tiny": {
+        "depth": 2,
+        "eta": 0.4,
+        "epochs": 10,
+        "limit_data": 1000,
+        "batch_size": 50,
+        "warmup": 20,
+    },
+    "pixels": {"depth": 2, "eta": 0.4, "width": 32, "patch": 1, "epochs": 1, "batch_size": 32},
+}
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "attention": tuple(baselines.ATTENTION),
+    "optimizer": ("muon", "adamw"),
+    "device": ("auto", "cpu", "cuda"),
+}
+POSITIVE = ("depth", "width", "heads", "patch", "mlp_ratio", "epochs", "batch_size", "eta", "clip")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def one_of(name):
+    def convert(value):
+        if value in CHOICES[name]:
+            return value
+        close = difflib.get_close_matches(value, CHOICES[name], 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not one of {', '.join(CHOICES[name])}{hint}"
+        )
+
+    return convert
+
+
+def positive_int(value):
+    if not value.isdigit() or int(value) == 0:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a positive whole number")
+    return int(value)
+
+
+def parse(arguments):
+    """(Config, other arguments, names of the configuration's fields that were given)."""
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Config):
+        option = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(option, action="store_true", default=None)
+        else:
+            convert = one_of(field.name) if field.name in CHOICES else field.type
+            parser.add_argument(option, type=convert, metavar=field.type.__name__.upper(),
+                                help=f"default {field.default}")  # fmt: skip
+    parser.add_argument("--device", type=one_of("device"), default="auto", metavar="NAME")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads")
+    parser.add_argument("--data", metavar="PATH", help="an .npz file or a folder of IDX files")
+    parser.add_argument("--max-steps", type=positive_int, metavar="N",
+                        help="stop after N steps; the schedule stays that of the full run")  # fmt: skip
+    parser.add_argument("--log-every", type=positive_int, default=50, metavar="N")
+    parser.add_argument("--out", metavar="DIR", help="default runs/PRESET-TIME")
+    parser.add_argument("--resume", metavar="DIR", help="the folder of a stopped run")
+    parser.add_argument("--eval", metavar="CHECKPOINT")
+    parser.add_argument("--export", metavar="FILE.safetensors")
+    args = parser.parse_args(arguments)
+
+    names = [f.name for f in dataclasses.fields(Config)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = Config(**{**PRESETS[given.get("preset", "mnist")], **given})
+    for name in POSITIVE:
+        if not getattr(config, name) > 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}"
+            )
+    if sum(bool(x) for x in (args.resume, args.eval, args.out)) > 1:
+        raise UserError("--resume, --eval and --out exclude one another")
+    return config, args, given
+
+
+# -------------------------------------------------------------------------------- model and steps
+
+
+def build(config, image, classes, xp):
+    """The model of a configuration; a bad combination of sizes is the user's error."""
+    try:
+        return baselines.Transformer(
+            attention=config.attention, skip=config.skip, norm=config.norm, d=config.width,
+            heads=config.heads, depth=config.depth, patch=config.patch, image=image,
+            classes=classes, mlp_ratio=config.mlp_ratio, eta=config.eta,
+            rng=np.random.default_rng([config.seed, 0]), xp=xp,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def attention_inputs(model, images):
+    """Yields (attention, Q, K) of every layer that has Q and K, as arrays (B, h, N, d_v)."""
+    with ag.no_grad():
+        X = model.embed(images)
+        for parts in model.layers:
+            attention = parts[0]
+            if "alpha" in attention.parameters:
+                F = attention.project(X if len(parts) == 2 else parts[2](X)).data
+                d_v = F.shape[-1] // 3
+                yield attention, F[..., :d_v], F[..., d_v : 2 * d_v]
+            X = model.layer(X, *parts)
+
+
+def calibrate(model, images, s_norm):
+    """Sets every α so that ‖S‖₂ is `s_norm` on these images, layer by layer from the first."""
+    for attention, Q, K in attention_inputs(model, images):
+        attention.parameters["alpha"].data = calibrate_alpha(Q, K, s_norm)
+
+
+def probe(model, images):
+    """max ‖S‖₂ and max |AᵀA − I| over layers, heads and images; NaN for other attentions."""
+    s_norm = error = math.nan
+    for attention, Q, K in attention_inputs(model, images):
+        alpha = attention.parameters["alpha"].data
+        xp = ag.array_module(Q)
+        A = attention_matrix(Q, K, alpha)
+        deviation = abs(A.swapaxes(-1, -2) @ A - xp.eye(A.shape[-1], dtype=A.dtype)).max()
+        s_norm = np.fmax(s_norm, float(rotation_angles(Q, K, alpha).max()))
+        error = np.fmax(error, float(deviation))
+    return float(s_norm), float(error)
+
+
+def make_optimizers(config, parameters):
+    """[(optimizer, learning rate)]: Muon for the orthogonal matrices, AdamW for the rest and α."""
+    alpha = {k: p for k, p in parameters.items() if k.endswith(".alpha")}
+    matrices = {
+        k: p for k, p in parameters.items()
+        if config.optimizer == "muon" and k.startswith("layers.") and p.shape[-2:] > (1, 1)
+        and p.ndim > 1 and k not in alpha
+    }  # fmt: skip
+    rest = {k: p for k, p in parameters.items() if k not in alpha and k not in matrices}
+    adam_lr = config.adam_lr if config.optimizer == "muon" else config.lr
+    decay = config.weight_decay
+    groups = [(optimizers.AdamW(rest, weight_decay=decay), adam_lr)]
+    if alpha:
+        groups.append((optimizers.AdamW(alpha), config.alpha_lr))
+    if matrices:
+        groups.append((optimizers.Muon(matrices), config.lr))
+    return groups
+
+
+def accuracy(model, images, labels, standardise, batch=500):
+    """Share of `images` (uint8) classified as `labels`, and the mean cross-entropy."""
+    right, loss = 0, 0.0
+    with ag.no_grad():
+        for i in range(0, len(labels), batch):
+            y = labels[i : i + batch]
+            logits = model(standardise(images[i : i + batch]))
+            right += int((logits.data.argmax(axis=1) == y).sum())
+            loss += float(ag.cross_entropy(logits, y).data) * len(y)
+    return right / len(labels), loss / len(labels)
+
+
+# ------------------------------------------------------------------------------------- a run
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM, so that the step in progress is finished; a second one stops."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.notice)
+
+    def notice(self, number, frame):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+
+
+class Run:
+    """One training run: model, data, optimisers, and the folder it writes to."""
+
+    def __init__(self, config, args, xp, device, saved=None):
+        self.config, self.args, self.xp, self.device = config, args, xp, device
+        dataset = data.load(args.data)
+        x, y, x_val, y_val = data.split(
+            dataset, limit=config.limit_data or None, rng=np.random.default_rng([config.seed, 1])
+        )
+        mean, std = data.statistics(x)
+        self.standardise = lambda images: data.standardise(images, mean, std)
+        # Everything lives on the device from here on; the test set waits for the end.
+        self.x, self.y, self.x_val, self.y_val = (xp.asarray(a) for a in (x, y, x_val, y_val))
+        self.x_test, self.y_test = dataset.x_test, dataset.y_test
+        self.batch_size = min(config.batch_size, len(x))
+        self.steps_per_epoch = len(x) // self.batch_size
+        self.steps = config.epochs * self.steps_per_epoch
+
+        self.model = build(config, dataset.x_train.shape[1], dataset.classes, xp)
+        self.parameters = self.model.parameters
+        self.optimizers = make_optimizers(config, self.parameters)
+        self.step, self.seconds, self.worst_error, self.largest_s = 0, 0.0, 0.0, 0.0
+        if saved is None:
+            calibrate(self.model, self.standardise(self.x[: self.batch_size]), config.s_norm)
+        else:
+            self.restore(*saved)
+
+    def state(self):
+        """Every array that training changes, by name, on the CPU."""
+        arrays = {f"model.{k}": p.data for k, p in self.parameters.items()}
+        for optimizer, _ in self.optimizers:
+            arrays |= {f"optimizer.{k}": a for k, a in optimizer.state.items()}
+        return {k: ag.to_cpu(a) for k, a in arrays.items()}
+
+    def restore(self, arrays, meta):
+        """Puts a checkpoint back: afterwards training goes on as if it had never stopped."""
+        expected = {k: a.shape for k, a in self.state().items()}
+        if expected != {k: a.shape for k, a in arrays.items()}:
+            raise UserError("the checkpoint's arrays are not those of this configuration")
+        for k, p in self.parameters.items():
+            p.data = self.xp.asarray(arrays[f"model.{k}"])
+        for optimizer, _ in self.optimizers:
+            for k in optimizer.state:
+                optimizer.state[k][...] = self.xp.asarray(arrays[f"optimizer.{k}"])
+        progress = meta["progress"]
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.worst_error, self.largest_s = progress["worst_error"], progress["largest_s"]
+
+    def save(self, folder):
+        """Writes folder/checkpoint.npz."""
+        progress = {k: getattr(self, k) for k in ("step", "seconds", "worst_error", "largest_s")}
+        meta = {"config": dataclasses.asdict(self.config), "progress": progress}
+        checkpoint.save(folder / "checkpoint.npz", self.state(), meta)
+
+    def batch(self):
+        """Images and labels of step `self.step`, in an order drawn from the seed and the epoch."""
+        epoch, i = divmod(self.step, self.steps_per_epoch)
+        if i == 0 or not hasattr(self, "order"):
+            rng = np.random.default_rng([self.config.seed, 2, epoch])
+            self.order = self.xp.asarray(rng.permutation(len(self.x)))
+        chosen = self.order[i * self.batch_size : (i + 1) * self.batch_size]
+        return self.standardise(self.x[chosen]), self.y[chosen]
+
+    def train_step(self):
+        """One update; loss, right answers, gradient norm (all on the device) and rate factor."""
+        images, labels = self.batch()
+        logits = self.model(images)
+        loss = ag.cross_entropy(logits, labels)
+        loss.backward()
+        norm = optimizers.clip_gradients(self.parameters, self.config.clip)
+        factor = optimizers.schedule(
+            self.step, self.steps, min(self.config.warmup, self.steps // 2)
+        )
+        self.step += 1
+        for optimizer, lr in self.optimizers:
+            optimizer.step(lr * factor, self.step)
+        for p in self.parameters.values():
+            p.grad = None
+        return loss.data, (logits.data.argmax(axis=1) == labels).sum(), norm, factor
+
+    def train(self, folder, stop):
+        """Steps until the end, `--max-steps` or a signal; writes metrics.csv and checkpoints."""
+        last = min(self.steps, self.args.max_steps or self.steps)
+        log, started = Log(folder, self), time.perf_counter() - self.seconds
+        while self.step < last and stop.signal is None:
+            loss, right, norm, factor = self.train_step()
+            log.add(loss, right)
+            self.seconds = time.perf_counter() - started
+            if self.step % self.args.log_every == 0 or self.step == last:
+                if not math.isfinite(float(loss)):
+                    raise FloatingPointError("the loss is NaN or Inf")
+                s_norm, error = probe(self.model, self.standardise(self.x_val[:16]))
+                self.worst_error = float(np.fmax(self.worst_error, error))
+                self.largest_s = float(np.fmax(self.largest_s, s_norm))
+                val, _ = accuracy(
+                    self.model, self.x_val[:1000], self.y_val[:1000], self.standardise
+                )
+                log.row(factor, float(norm), val, s_norm, error)
+            if self.step % self.steps_per_epoch == 0:
+                self.save(folder)
+        log.close()
+        return self.step == last
+
+
+class Log:
+    """metrics.csv, one row per logging step, and the progress line."""
+
+    COLUMNS = ("step", "epoch", "lr", "train_loss", "train_accuracy", "validation_accuracy",
+               "gradient_norm", "max_S_norm", "orthogonality_error", "seconds")  # fmt: skip
+
+    def __init__(self, folder, run):
+        self.run, self.path = run, folder / "metrics.csv"
+        rows = read_metrics(self.path) if self.path.exists() else []
+        rows = [row for row in rows if float(row["step"]) <= run.step]  # later ones will be redone
+        self.file = open(self.path, "w", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+        self.first_step, self.first_seconds = run.step, run.seconds
+        self.terminal = sys.stdout.isatty()
+        self.clear()
+
+    def clear(self):
+        self.loss = self.right = self.count = 0
+
+    def add(self, loss, right):
+        # Sums stay on the device: float() would make the host wait for it at every step.
+        self.loss, self.right, self.count = self.loss + loss, self.right + right, self.count + 1
+
+    def row(self, factor, norm, validation, s_norm, error):
+        run = self.run
+        loss = float(self.loss) / self.count
+        train = float(self.right) / self.count / run.batch_size
+        values = (run.step, run.step / run.steps_per_epoch, factor * run.optimizers[-1][1], loss,
+                  train, validation, norm, s_norm, error, run.seconds)  # fmt: skip
+        self.writer.writerow({k: f"{v:.7g}" for k, v in zip(self.COLUMNS, values)})
+        self.file.flush()
+        per_step = (run.seconds - self.first_seconds) / (run.step - self.first_step)
+        line = (
+            f"step {run.step}/{run.steps}  loss {loss:.4f}  accuracy {train:.2%} train "
+            f"{validation:.2%} validation  {run.batch_size / per_step:,.0f} images/s  "
+            f"{per_step * (run.steps - run.step):.0f} s left  max ‖S‖₂ {s_norm:.2f}"
+        )
+        print(
+            f"\r\033[K{line}" if self.terminal else line,
+            end="" if self.terminal else "\n",
+            flush=True,
+        )
+        self.clear()
+
+    def close(self):
+        if self.terminal:
+            print()
+        self.file.close()
+
+
+def read_metrics(path):
+    """The rows of a metrics.csv, dicts of strings."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_curves(rows, path):
+    """curves.png: loss, accuracy, ‖S‖₂ and orthogonality error against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = {k: [float(row[k]) for row in rows] for k in Log.COLUMNS}
+    panels = (
+        ("cross-entropy", "log", {"training": "train_loss"}),
+        ("accuracy", "linear", {"training": "train_accuracy", "validation": "validation_accuracy"}),
+        ("largest rotation angle, rad", "linear", {"max ‖S‖₂ over layers": "max_S_norm"}),
+        ("orthogonality error", "log", {"max |AᵀA − I|": "orthogonality_error"}),
+    )
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    for axis, (label, scale, lines) in zip(axes.flat, panels):
+        for (name, key), style in zip(lines.items(), ("-", "--")):
+            if any(math.isfinite(v) for v in columns[key]):
+                axis.plot(columns["step"], columns[key], style, label=name)
+                axis.legend()
+        axis.set(ylabel=label, yscale=scale)
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def summarise(run, folder):
+    """The one look at the test set; writes summary.json and curves.png, returns the summary."""
+    x_test, y_test = run.xp.asarray(run.x_test), run.xp.asarray(run.y_test)
+    test, _ = accuracy(run.model, x_test, y_test, run.standardise)
+    validation, _ = accuracy(run.model, run.x_val, run.y_val, run.standardise)
+    rows = read_metrics(folder / "metrics.csv")
+    summary = {
+        "test_accuracy": test,
+        "validation_accuracy": validation,
+        "train_loss": float(rows[-1]["train_loss"]) if rows else None,
+        "steps": run.step,
+        "seconds": round(run.seconds, 2),
+        "orthogonality_error": run.worst_error,
+        "max_S_norm": run.largest_s,
+        "parameters": sum(p.size for p in run.parameters.values()),
+        "peak_memory_mb": peak_memory(),
+    }
+    write_json(folder / "summary.json", summary)
+    if rows:
+        draw_curves(rows, folder / "curves.png")
+    return summary
+
+
+def peak_memory():
+    """The largest resident memory of this process so far, in MB; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def environment(run):
+    """What else a repetition needs to know: versions, device, threads, commit."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "device": run.device,
+        "threads": ag.thread_count(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "cupy": run.xp.__version__ if run.xp is not np else None,
+        "git_commit": commit,
+    }
+
+
+def new_folder(args, config):
+    """The folder of a new run, created; never one that holds a run already."""
+    name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.out) if args.out else Path("runs") / name
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a run already; choose another --out, or --resume {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe_file = folder / ".writable"
+        probe_file.touch()
+        probe_file.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    return folder
+
+
+def load_checkpoint(path, given):
+    """(Config, arrays, meta) of a checkpoint; options that were given must agree with it."""
+    arrays, meta = checkpoint.load(path)
+    known = [f.name for f in dataclasses.fields(Config)]
+    if set(meta.get("config", ())) != set(known) or "progress" not in meta:
+        raise UserError(f"{path} is not a checkpoint of this program")
+    try:
+        checkpoint.require_same(meta["config"], {**meta["config"], **given}, known)
+    except checkpoint.CheckpointError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Config(**meta["config"]), arrays, meta
+
+
+def export(path, run):
+    """Writes the model's weights and configuration as safetensors."""
+    arrays = {k: ag.to_cpu(p.data) for k, p in run.parameters.items()}
+    metadata = {k: str(v) for k, v in dataclasses.asdict(run.config).items()}
+    checkpoint.export_safetensors(path, arrays, metadata)
+    print(f"exported {path}")
+
+
+def main(arguments=None):
+    config, args, given = parse(arguments)
+    saved = None
+    if args.eval or args.resume:
+        path = Path(args.eval) if args.eval else Path(args.resume) / "checkpoint.npz"
+        config, *saved = load_checkpoint(path, given)
+    try:
+        xp, device = ag.find_device(args.device)
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    run = Run(config, args, xp, device, saved)
+    print(f"device {device}; {ag.thread_count()} threads")
+
+    if args.eval:
+        x, y = xp.asarray(run.x_test), xp.asarray(run.y_test)
+        print(f"test accuracy {accuracy(run.model, x, y, run.standardise)[0]:.2%}")
+        if args.export:
+            export(args.export, run)
+        return 0
+
+    folder = Path(args.resume) if args.resume else new_folder(args, config)
+    stop = Stop()
+    count = sum(p.size for p in run.parameters.values())
+    print(f"{config.attention}, {config.depth} layers, {count:,} parameters, {run.steps:,} steps")
+    print(f"writing {folder}")
+    about = {"config": dataclasses.asdict(config), "data": args.data, **environment(run)}
+    if not args.resume:
+        write_json(folder / "config.json", about)
+    try:
+        finished = run.train(folder, stop)
+    except FloatingPointError as error:
+        kept = folder / "checkpoint.npz"
+        kept = f"the last good checkpoint is {kept}" if kept.exists() else "none was saved yet"
+        raise FloatingPointError(f"{error}, at step {run.step}; {kept}") from None
+    run.save(folder)
+    if not finished:
+        name = signal.Signals(stop.signal).name
+        print(
+            f"{name}: stopped after step {run.step}; go on with --resume {folder}", file=sys.stderr
+        )
+        return 128 + stop.signal
+    summary = summarise(run, folder)
+    if args.export:
+        export(args.export, run)
+    print(
+        f"test accuracy {summary['test_accuracy']:.2%} after {summary['seconds']:.0f} s of training"
+    )
+    print(f"files: {', '.join(sorted(str(p) for p in folder.iterdir()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (UserError, data.DataError, checkpoint.CheckpointError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(1)
