@@ -121,18 +121,6 @@ def standardise(x, mean, std):
     return out
 
 
-def batches(n, batch_size, rng):
-    """The index arrays (int64) of one epoch over n images, in an order drawn from `rng` at once.
-
-    Each has `batch_size` indices, and a shorter last one is left out; where n is smaller than
-    `batch_size` there is one batch of n.  Raises DataError if either number is below 1.
-    """
-    if n < 1 or batch_size < 1:
-        raise DataError(f"batches need n >= 1 and batch_size >= 1, got {n} and {batch_size}")
-    order, size = rng.permutation(n), min(n, batch_size)
-    return (order[start : start + size] for start in range(0, n - size + 1, size))
-
-
 def _verify_bundled():
     with reading(BUNDLED, DataError, f"{SIZE:,} bytes with SHA-256 {SHA256[:12]}..."):
         with open(BUNDLED, "rb") as file:

@@ -290,7 +290,8 @@ def test_header_that_lies_is_refused_without_taking_memory(tmp_path):
                 folder = write_idx(tmp_path / f"{number}{end}", small(), opener, end)
                 with opener(folder / (data.IDX["x_train"] + end), "wb") as file:
                     file.write(struct.pack(">4I", 0x803, *shape) + bytes(108))
-                refusal(folder)
+                why = "truncated" if shape[1] == 30 else f"x_train has shape {shape}"
+                assert why in refusal(folder)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -402,42 +403,3 @@ def test_standardised_images_are_float32_with_mean_0_and_deviation_1():
     assert abs(out.mean(dtype=float)) < 1e-7 and abs(out.std(dtype=float) - 1) < 1e-7
     with pytest.raises(DataError, match="uint8, got float64"):
         data.standardise(x / 255, mean, std)
-
-
-# ------------------------------------------------------------------------------------- batches
-
-
-@pytest.mark.parametrize("n, size, count", [(10, 3, 3), (9, 3, 3), (3, 3, 1), (10, 1, 10)])
-def test_an_epoch_is_batches_of_one_size_without_repeats(n, size, count):
-    epoch = list(data.batches(n, size, np.random.default_rng(0)))
-    assert [len(b) for b in epoch] == [size] * count
-    indices = np.concatenate(epoch)
-    assert len(set(indices.tolist())) == len(indices) and indices.min() >= 0 and indices.max() < n
-    assert indices.dtype == np.int64
-
-
-def test_fewer_images_than_a_batch_make_one_short_batch():
-    (batch,) = data.batches(5, 64, np.random.default_rng(0))
-    assert sorted(batch) == [0, 1, 2, 3, 4]
-
-
-def test_epochs_differ_and_a_seed_repeats_them():
-    def two_epochs(seed):
-        rng = np.random.default_rng(seed)
-        return [np.concatenate(list(data.batches(64, 8, rng))).tolist() for _ in range(2)]
-
-    assert two_epochs(5) == two_epochs(5)
-    assert two_epochs(5)[0] != two_epochs(5)[1]
-
-
-def test_the_order_is_drawn_before_the_first_batch_is_taken():
-    rng, twin = np.random.default_rng(0), np.random.default_rng(0)
-    data.batches(64, 8, rng)
-    twin.permutation(64)
-    assert rng.bit_generator.state == twin.bit_generator.state
-
-
-@pytest.mark.parametrize("n, size", [(0, 4), (4, 0), (4, -1)])
-def test_batches_of_nothing_are_refused(n, size):
-    with pytest.raises(DataError, match="n >= 1 and batch_size >= 1"):
-        data.batches(n, size, np.random.default_rng(0))
