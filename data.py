@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autograd import array_module
 from checkpoint import read_bytes, read_npz, reading
 
 BUNDLED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mnist.npz")
@@ -119,6 +120,22 @@ def standardise(x, mean, std):
     out *= 1 / (255 * std)
     out -= mean / std
     return out
+
+
+def pad(x, width):
+    """Images x (n, H, H) with `width` zero pixels added on every side."""
+    return np.pad(x, ((0, 0), (width, width), (width, width)))
+
+
+def crops(x, chosen, offsets, size):
+    """size × size windows of the padded images x[chosen], at offsets (B, 2) from their corners.
+
+    x: (n, H, H); chosen: (B,) integers; NumPy or CuPy.  Returns (B, size, size) in x's dtype.
+    """
+    window = array_module(x).arange(size)
+    rows = (offsets[:, 0, None] + window)[:, :, None]
+    columns = (offsets[:, 1, None] + window)[:, None, :]
+    return x[chosen[:, None, None], rows, columns]
 
 
 def _verify_bundled():

@@ -178,6 +178,20 @@ class Chebyshev:
         return _T(cbar), Zbar
 
 
+class ChebyshevMatrix:
+    """The same for W wider than Z: f(Z) itself is then the smaller thing to compute."""
+
+    def __init__(self, Z, W, rho, f=_exp):
+        I = array_module(Z).broadcast_to(array_module(Z).eye(Z.shape[-1], dtype=Z.dtype), Z.shape)
+        self.W, self.matrix = W, Chebyshev(Z, I, rho, f)
+        self.value = self.matrix.value @ W
+
+    def adjoint(self, G):
+        """As `Chebyshev.adjoint`; ⟨G, f(Z) W⟩ = ⟨G Wᵀ, f(Z)⟩."""
+        Zbar = self.matrix.adjoint(G @ _T(self.W))[1]
+        return _T(self.matrix.value) @ G, Zbar
+
+
 # ------------------------------------------------------------------------------------- low rank
 
 
@@ -381,7 +395,10 @@ def _basis_forward(F, B, s, d_v, spectral=False):
     rho = float(array_module(F).sqrt(_inner(S, S) / 2).max())
     if not math.isfinite(rho):
         raise FloatingPointError("S contains NaN or Inf")
-    small = Spectral(S, b) if spectral or rho > RHO_MAX else Chebyshev(S, b, rho)
+    if spectral or rho > RHO_MAX:
+        small = Spectral(S, b)
+    else:
+        small = (Chebyshev if b.shape[-1] <= b.shape[-2] else ChebyshevMatrix)(S, b, rho)
     O = small.value if B is None else F[..., r:] + B @ (small.value - b)
     return O, Saved(F, s, d_v, small, B, R, U, rho)
 

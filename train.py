@@ -70,18 +70,19 @@ class Config:
     width: int = 64
     heads: int = 2
     patch: int = 7
-    mlp_ratio: int = 2
-    eta: float = 0.5  # correlation that the tailored leaky ReLUs of all layers take 0 to
+    mlp_ratio: int = 4
+    eta: float = 0.65  # correlation that the tailored leaky ReLUs of all layers take 0 to
     s_norm: float = 0.1  # ‖S‖₂ on the first batch, to which α is calibrated
     epochs: int = 6
     batch_size: int = 128
     optimizer: str = "muon"
     lr: float = 0.01  # of the matrices under Muon; of everything under AdamW
-    adam_lr: float = 0.002  # of what is not a matrix, under Muon
+    adam_lr: float = 0.01  # of what is not a matrix, under Muon
     alpha_lr: float = 0.001
     weight_decay: float = 0.0  # of AdamW
     warmup: int = 100
     clip: float = 1.0
+    shift: int = 2  # training images are moved by up to this many pixels, each way
     limit_data: int = 0  # 0: all
     seed: int = 0
 
@@ -90,13 +91,13 @@ PRESETS = {
     "mnist": {},
     "tiny": {
         "depth": 2,
-        "eta": 0.4,
+        "eta": 0.45,
         "epochs": 10,
         "limit_data": 1000,
         "batch_size": 50,
         "warmup": 20,
     },
-    "pixels": {"depth": 2, "eta": 0.4, "width": 32, "patch": 1, "epochs": 1, "batch_size": 32},
+    "pixels": {"depth": 2, "eta": 0.45, "width": 32, "patch": 1, "epochs": 1, "batch_size": 32},
 }
 CHOICES = {
     "preset": tuple(PRESETS),
@@ -279,7 +280,8 @@ class Run:
         mean, std = data.statistics(x)
         self.standardise = lambda images: data.standardise(images, mean, std)
         # Everything lives on the device from here on; the test set waits for the end.
-        self.x, self.y, self.x_val, self.y_val = (xp.asarray(a) for a in (x, y, x_val, y_val))
+        x_padded, self.size = data.pad(x, config.shift), x.shape[1]
+        self.x, self.y, self.x_val, self.y_val = map(xp.asarray, (x_padded, y, x_val, y_val))
         self.x_test, self.y_test = dataset.x_test, dataset.y_test
         self.batch_size = min(config.batch_size, len(x))
         self.steps_per_epoch = len(x) // self.batch_size
@@ -290,7 +292,7 @@ class Run:
         self.optimizers = make_optimizers(config, self.parameters)
         self.step, self.seconds, self.worst_error, self.largest_s = 0, 0.0, 0.0, 0.0
         if saved is None:
-            calibrate(self.model, self.standardise(self.x[: self.batch_size]), config.s_norm)
+            calibrate(self.model, self.batch()[0], config.s_norm)
         else:
             self.restore(*saved)
 
@@ -324,11 +326,14 @@ class Run:
     def batch(self):
         """Images and labels of step `self.step`, in an order drawn from the seed and the epoch."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
-        if i == 0 or not hasattr(self, "order"):
-            rng = np.random.default_rng([self.config.seed, 2, epoch])
-            self.order = self.xp.asarray(rng.permutation(len(self.x)))
-        chosen = self.order[i * self.batch_size : (i + 1) * self.batch_size]
-        return self.standardise(self.x[chosen]), self.y[chosen]
+        if i == 0 or not hasattr(self, "order"):  # drawn on the CPU, moved once per epoch
+            rng, n = np.random.default_rng([self.config.seed, 2, epoch]), len(self.x)
+            self.order = self.xp.asarray(rng.permutation(n))
+            self.offsets = self.xp.asarray(rng.integers(0, 2 * self.config.shift + 1, (n, 2)))
+        part = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        chosen = self.order[part]
+        images = data.crops(self.x, chosen, self.offsets[part], self.size)
+        return self.standardise(images), self.y[chosen]
 
     def train_step(self):
         """One update; loss, right answers, gradient norm (all on the device) and rate factor."""

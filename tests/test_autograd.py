@@ -296,12 +296,13 @@ def test_gradients_share_no_memory_with_each_other_or_with_the_one_passed_in(rng
     assert s.grad.flags.writeable
 
 
-def test_a_sum_of_gradients_is_not_made_in_the_other_parents_array(rng):
-    # `add` hands one array to both parents; x then gets a second contribution.
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sum_of_gradients_is_not_made_in_the_other_parents_array(first, rng):
+    # `add` hands one array to both parents; p gets a second contribution before or after it.
     x, y = (Tensor(rng.standard_normal(3), requires_grad=True) for _ in range(2))
     G = rng.standard_normal(3)
     p, q = x * 1.0, y * 1.0
-    ((p + q) + p * 2.0).backward(G)
+    ((p + q) + p * 2.0 if first else p * 2.0 + (p + q)).backward(G)
     np.testing.assert_array_equal(y.grad, G)
     np.testing.assert_allclose(x.grad, 3 * G, rtol=1e-15)
 

@@ -1,0 +1,696 @@
+"""train.py: what a run writes, resuming to the bit, signals, NaN, refusals, every arm.
+
+Most runs are made inside this process by `cli`, which executes the script as `__main__` and so sees
+exit statuses, messages and warnings (errors here) as a shell would, without the start of Python.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import autograd as ag
+import baselines
+import checkpoint
+import data
+import optimizers
+import train
+
+ROOT = Path(train.__file__).parent
+FILES = ["checkpoint.npz", "config.json", "curves.png", "metrics.csv", "summary.json"]
+COLUMNS = """step epoch lr train_loss train_accuracy validation_accuracy gradient_norm max_S_norm
+orthogonality_error seconds""".split()
+BUDGET = "--preset tiny --limit-data 200 --max-steps 4 --log-every 2 --threads 1".split()
+# 150 images in batches of 50: an epoch has 3 steps.  49 tokens, more than the rank 2 d_v = 16.
+SMALL = """--preset tiny --width 16 --patch 2 --batch-size 50 --limit-data 150 --epochs 3 --warmup 2
+--log-every 1 --threads 1 --device cpu""".split()
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no POSIX signals")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """An .npz file of 300 + 100 images 14 × 14 that can be learnt: noise around 4 patterns."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 200, (4, 14, 14))
+    arrays = {}
+    for part, n in (("train", 300), ("test", 100)):
+        y = rng.permutation(np.arange(n) % 4)
+        x = patterns[y] + rng.integers(0, 56, (n, 14, 14))
+        arrays |= {f"x_{part}": x.astype(np.uint8), f"y_{part}": y.astype(np.uint8)}
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@dataclasses.dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def touch(figure, path, **kw):
+    Path(path).touch()
+
+
+def cli(*arguments, encoding="utf-8", draw=False):
+    """`python train.py ARGUMENTS` inside this process; signal handlers and variables are put back.
+
+    An exception that the script lets through, which a user would see as a traceback, is raised.
+    Drawing takes longer than these short runs, so curves.png stays empty unless `draw`.
+    """
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in "oe")
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    argv, environ = sys.argv, dict(os.environ)
+    sys.argv = ["train.py", *map(str, arguments)]
+    code = 0
+    quick = contextlib.nullcontext() if draw else mock.patch.object(Figure, "savefig", touch)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quick:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environ)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Result(code, *(s.buffer.getvalue().decode(encoding) for s in (out, err)))
+
+
+def shell(*arguments, python=(), **kw):
+    """`python train.py ARGUMENTS` in a process of its own."""
+    command = [sys.executable, *python, str(ROOT / "train.py"), *map(str, arguments)]
+    kw |= {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 120}
+    done = subprocess.run(command, **kw)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def succeed(*arguments, **kw):
+    result = cli(*arguments, **kw)
+    assert (result.code, result.err) == (0, "")
+    return result.out
+
+
+def refuse(*arguments, code=2):
+    """The one line on standard error with which the script refuses."""
+    result = cli(*arguments)
+    start = "train.py: error: " if code == 2 else "train.py: "
+    assert result.code == code, result
+    assert result.err.startswith(start) and result.err.endswith("\n"), result.err
+    assert result.err.count("\n") == 1 and len(result.err) > len(start) + 1, result.err
+    return result.err
+
+
+def rows_of(folder):
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def json_of(path):
+    def constant(name):
+        raise AssertionError(f"{path} holds {name}, which is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+
+
+def weights(folder):
+    return {k: a.tobytes() for k, a in checkpoint.load(folder / "checkpoint.npz")[0].items()}
+
+
+def read_safetensors(path):
+    """{name: array}, metadata: the format in ten lines, written from its specification."""
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    metadata, arrays, end = header.pop("__metadata__"), {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        assert begin == end and entry["dtype"] == "F32"
+        arrays[name] = np.frombuffer(raw[start + begin : start + stop], "<f4").reshape(
+            entry["shape"]
+        )
+        end = stop
+    assert start + end == len(raw)
+    return arrays, metadata
+
+
+# ------------------------------------------------------------------------------ what a run writes
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """Four steps on the bundled MNIST and an export, started in another folder with all warnings
+    errors: (folder, Result)."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    result = shell(*BUDGET, "--out", "runs/a", "--export", "a.safetensors", python=["-W", "error"],
+                   cwd=cwd)  # fmt: skip
+    return cwd / "runs" / "a", result
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """A run of five steps on the small data, and its folder."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    succeed(*SMALL, "--data", small, "--max-steps", 5, "--out", folder)
+    return folder
+
+
+def test_training_raises_no_warning_and_writes_nothing_on_standard_error(bundled):
+    _, result = bundled
+    assert (result.code, result.err) == (0, "")
+
+
+def test_a_run_writes_the_documented_files_and_no_others(bundled):
+    folder, result = bundled
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    assert all(name in result.out for name in FILES)  # the last line says where they are
+
+
+def test_summary_has_the_documented_keys_and_true_values(bundled):
+    folder, _ = bundled
+    summary = json_of(folder / "summary.json")
+    wanted = "test_accuracy train_loss steps seconds orthogonality_error max_S_norm".split()
+    assert set(wanted) <= set(summary)
+    assert 0 <= summary["test_accuracy"] <= 1 and summary["steps"] == 4 and summary["seconds"] > 0
+    assert 0 < summary["orthogonality_error"] <= 1e-5
+    assert 0 < summary["max_S_norm"] < 1
+    assert summary["train_loss"] == float(rows_of(folder)[-1]["train_loss"])
+    arrays, _ = checkpoint.load(folder / "checkpoint.npz")
+    count = sum(a.size for k, a in arrays.items() if k.startswith("model."))
+    assert summary["parameters"] == count
+
+
+def test_metrics_have_a_row_per_logging_step_with_the_documented_columns(bundled):
+    rows = rows_of(bundled[0])
+    assert list(rows[0]) == COLUMNS
+    assert [row["step"] for row in rows] == ["2", "4"]
+    values = [{k: float(v) for k, v in row.items()} for row in rows]
+    assert all(math.isfinite(v) for row in values for v in row.values())
+    assert values[0]["seconds"] < values[1]["seconds"]
+
+
+def test_config_holds_every_setting_and_what_a_repetition_needs(bundled):
+    about = json_of(bundled[0] / "config.json")
+    assert set(about["config"]) == {f.name for f in dataclasses.fields(train.Config)}
+    assert about["config"]["limit_data"] == 200 and about["config"]["preset"] == "tiny"
+    assert about["numpy"] == np.__version__ and about["threads"] == 1
+    assert "--max-steps 4" in about["command"]
+
+
+def test_curves_are_a_picture(bundled):
+    raw = (bundled[0] / "curves.png").read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) > 10_000
+
+
+def test_progress_lines_name_step_loss_accuracy_and_time_left(bundled):
+    lines = [line for line in bundled[1].out.splitlines() if line.startswith("step ")]
+    assert [line.split("/")[0] for line in lines] == ["step 2", "step 4"]
+    assert all(word in lines[-1] for word in ("loss", "train", "validation", "images/s", "left"))
+
+
+def test_eval_prints_the_test_accuracy_of_the_summary(bundled):
+    folder, _ = bundled
+    accuracy = json_of(folder / "summary.json")["test_accuracy"]
+    out = succeed("--eval", folder / "checkpoint.npz", "--threads", 1, "--device", "cpu")
+    assert f"test accuracy {accuracy:.2%}" in out
+    assert sorted(p.name for p in folder.iterdir()) == FILES  # nothing else is written
+
+
+def test_export_is_a_safetensors_file_of_the_model_and_its_configuration(bundled):
+    folder, _ = bundled
+    arrays, metadata = read_safetensors(folder.parent.parent / "a.safetensors")
+    saved, meta = checkpoint.load(folder / "checkpoint.npz")
+    model = {k.removeprefix("model."): a for k, a in saved.items() if k.startswith("model.")}
+    assert set(arrays) == set(model)
+    for name, a in arrays.items():
+        assert a.shape == model[name].shape and a.tobytes() == model[name].tobytes(), name
+    assert metadata == {k: str(v) for k, v in meta["config"].items()}
+
+
+def test_eval_exports_the_same_file_as_training(trained, small, tmp_path):
+    succeed("--eval", trained / "checkpoint.npz", "--data", small, "--export", tmp_path / "m")
+    arrays, _ = read_safetensors(tmp_path / "m")
+    saved, _ = checkpoint.load(trained / "checkpoint.npz")
+    assert all(a.tobytes() == saved[f"model.{k}"].tobytes() for k, a in arrays.items())
+
+
+def test_training_learns(small, tmp_path):
+    succeed("--preset", "tiny", "--data", small, "--limit-data", 200, "--batch-size", 50,
+            "--epochs", 5, "--warmup", 5, "--shift", 0, "--threads", 1, "--device", "cpu",
+            "--out", tmp_path / "a")  # fmt: skip
+    summary = json_of(tmp_path / "a" / "summary.json")
+    assert summary["steps"] == 20 and summary["test_accuracy"] > 0.9  # chance: 0.25
+    assert summary["orthogonality_error"] <= 1e-5
+
+
+def test_output_survives_a_terminal_without_the_letters_of_mathematics(small, tmp_path):
+    result = cli(*SMALL, "--data", small, "--max-steps", 1, "--out", tmp_path / "a",
+                 encoding="cp1252")  # fmt: skip
+    assert result.code == 0 and "step 1/" in result.out
+
+
+def test_help_names_every_option_and_exits_0():
+    out = succeed("--help")
+    for field in dataclasses.fields(train.Config):
+        assert "--" + field.name.replace("_", "-") in out
+    for option in "device threads data max-steps log-every out resume eval export".split():
+        assert f"--{option}" in out
+
+
+# ------------------------------------------------------------------------------------ every arm
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["no norm", "norm"])
+@pytest.mark.parametrize("skip", [False, True], ids=["skipless", "skip"])
+@pytest.mark.parametrize("attention", baselines.ATTENTION)
+def test_two_steps_of_every_arm(attention, skip, norm, small, tmp_path):
+    arm = ["--attention", attention, *["--skip"] * skip, *["--norm"] * norm]
+    succeed(*SMALL, "--data", small, *arm, "--max-steps", 2, "--out", tmp_path)
+    summary, rows = json_of(tmp_path / "summary.json"), rows_of(tmp_path)
+    assert summary["steps"] == 2 and math.isfinite(summary["train_loss"])
+    assert all(math.isfinite(float(row[k])) for row in rows for k in COLUMNS[:7])
+    config = checkpoint.load(tmp_path / "checkpoint.npz")[1]["config"]
+    assert (config["attention"], config["skip"], config["norm"]) == (attention, skip, norm)
+
+
+def test_an_arm_without_rotations_reports_none_and_still_has_its_curves(small, tmp_path):
+    arguments = [*SMALL, "--data", small, "--attention", "softmax", "--max-steps", 2]
+    succeed(*arguments, "--out", tmp_path, draw=True)
+    summary = json_of(tmp_path / "summary.json")
+    assert summary["orthogonality_error"] is None and summary["max_S_norm"] is None  # 0 is a value
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_arms_are_the_documented_five():
+    assert list(baselines.ATTENTION) == ["osa", "softmax", "xsa", "identity", "fixed-orthogonal"]
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_is_a_valid_configuration(preset):
+    config, _, _ = train.parse(["--preset", preset])
+    model = train.build(config, image=28, classes=10, xp=np)
+    assert len(model.layers) == config.depth
+
+
+# ----------------------------------------------------------------------- repeating and resuming
+
+
+ARMS = {
+    "muon": [],
+    "adamw": ["--optimizer", "adamw", "--lr", "0.002", "--weight-decay", "0.1"],
+    "fixed-orthogonal": ["--attention", "fixed-orthogonal"],  # its matrices are not in the file
+}
+
+
+@pytest.fixture(scope="module", params=ARMS)
+def uninterrupted(request, small, tmp_path_factory):
+    """Arguments, and the folder of a run of 7 steps with them (an epoch has 3)."""
+    arguments = [*SMALL, *ARMS[request.param], "--data", small]
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    succeed(*arguments, "--max-steps", 7, "--out", folder)
+    return arguments, folder
+
+
+@pytest.mark.parametrize("stop", [3, 4], ids=["between epochs", "within an epoch"])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninterrupted, stop, tmp_path):
+    arguments, whole = uninterrupted
+    folder = tmp_path / "run"
+    succeed(*arguments, "--max-steps", stop, "--out", folder)
+    assert checkpoint.load(folder / "checkpoint.npz")[1]["progress"]["step"] == stop
+    succeed(*arguments, "--max-steps", 7, "--resume", folder)
+    assert weights(folder) == weights(whole)
+    for row, wanted in zip(rows_of(folder), rows_of(whole), strict=True):
+        assert {**row, "seconds": 0} == {**wanted, "seconds": 0}
+    for key in ("test_accuracy", "train_loss", "steps", "orthogonality_error", "max_S_norm"):
+        assert json_of(folder / "summary.json")[key] == json_of(whole / "summary.json")[key], key
+
+
+def test_a_resumed_run_reads_the_data_it_was_trained_on(trained, small, tmp_path):
+    folder = tmp_path / "run"
+    succeed(*SMALL, "--data", small, "--max-steps", 2, "--out", folder)
+    succeed("--resume", folder, "--max-steps", 5, "--log-every", 1, "--device", "cpu")
+    assert weights(folder) == weights(trained)
+    assert f"{json_of(folder / 'summary.json')['test_accuracy']:.2%}" in succeed(
+        "--eval", folder / "checkpoint.npz", "--device", "cpu"
+    )
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained, small, tmp_path):
+    again = [*SMALL, "--data", small, "--max-steps", 5]
+    succeed(*again, "--out", tmp_path / "a")
+    assert weights(tmp_path / "a") == weights(trained)
+    succeed(*again, "--out", tmp_path / "b", "--seed", 1)
+    ours, theirs = weights(tmp_path / "b"), weights(trained)
+    assert all(ours[k] != theirs[k] for k in ours if k.endswith(("W_QK", "W_V", "W_1", "W_E")))
+
+
+def test_logging_does_not_change_the_weights(trained, small, tmp_path):
+    succeed(*SMALL, "--log-every", 4, "--data", small, "--max-steps", 5, "--out", tmp_path / "a")
+    assert weights(tmp_path / "a") == weights(trained)
+
+
+def test_a_finished_run_resumed_stays_as_it_was(trained, small):
+    before = weights(trained)
+    succeed(*SMALL, "--data", small, "--max-steps", 5, "--resume", trained)
+    assert weights(trained) == before and json_of(trained / "summary.json")["steps"] == 5
+
+
+def test_resuming_with_fewer_steps_than_were_made_is_no_crash(trained, small):
+    before = weights(trained)
+    result = cli(*SMALL, "--data", small, "--max-steps", 2, "--resume", trained)
+    assert result.code in (0, 2) and weights(trained) == before
+    assert [row["step"] for row in rows_of(trained)] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_is_float32_throughout(optimizer, small):
+    arguments = [*SMALL, "--data", small, "--optimizer", optimizer, "--norm", "--skip"]
+    config, args, _ = train.parse(list(map(str, arguments)))
+    run = train.Run(config, args, np, "cpu")
+    seen = []
+    run.model.read_out = lambda X, inner=run.model.read_out: seen.append(X) or inner(X)
+    for _ in range(2):
+        loss, _, norm, _ = run.train_step()
+        assert loss.dtype == norm.dtype == np.float32
+    assert {X.data.dtype for X in seen} == {np.dtype(np.float32)}  # the tokens after all layers
+    state = run.state()
+    assert {a.dtype for a in state.values()} == {np.dtype(np.float32)}
+    assert sum(k.startswith("optimizer.") for k in state) >= len(run.parameters)
+    logits = run.model(run.standardise(run.x_val[:4]))
+    ag.cross_entropy(logits, run.y_val[:4]).backward()
+    assert {p.grad.dtype for p in run.parameters.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("attention", baselines.ATTENTION)
+def test_every_parameter_belongs_to_exactly_one_optimizer(attention, small):
+    config, args, _ = train.parse([*SMALL, "--data", str(small), "--attention", attention])
+    run = train.Run(config, args, np, "cpu")
+    names = [k for optimizer, _ in run.optimizers for k in optimizer.parameters]
+    assert sorted(names) == sorted(run.parameters)
+    muon = [k for o, _ in run.optimizers if isinstance(o, optimizers.Muon) for k in o.parameters]
+    assert {k.rpartition(".")[2] for k in muon} <= {"W_QK", "W_V", "W_O", "W_1", "W_2"}
+
+
+# -------------------------------------------------------------------------------- signals and NaN
+
+
+def start(*arguments, cwd):
+    """A training process that has made its first step."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=cwd,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step "):
+            return process
+    raise AssertionError(f"no step was made: {process.communicate()}")
+
+
+@posix
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_leaves_a_checkpoint_from_which_resuming_goes_on(name, code, small, tmp_path):
+    long = [*SMALL, "--epochs", 10_000, "--data", small]
+    process = start(*long, "--out", "run", cwd=tmp_path)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    folder = tmp_path / "run"
+    assert process.returncode == code
+    assert err.count("\n") == 1 and name in err and "--resume run" in err
+    _, meta = checkpoint.load(folder / "checkpoint.npz")
+    step = meta["progress"]["step"]
+    assert step >= 1 and not (folder / "summary.json").exists()
+    succeed(*long, "--resume", folder, "--max-steps", step + 2)
+    assert json_of(folder / "summary.json")["steps"] == step + 2
+    assert [int(row["step"]) for row in rows_of(folder)] == list(range(1, step + 3))
+
+
+@posix
+def test_a_second_signal_stops_at_once(small, tmp_path):
+    process = start(*SMALL, "--epochs", 10_000, "--data", small, "--out", "run", cwd=tmp_path)
+    process.send_signal(signal.SIGSTOP)  # so that both arrive within one step
+    saved = (tmp_path / "run" / "checkpoint.npz").exists()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 143) and "Traceback" not in err
+    assert "stopped after step" not in err  # nothing was waited for, nothing saved
+    if not saved:
+        assert not (tmp_path / "run" / "checkpoint.npz").exists()
+
+
+def test_ctrl_c_before_training_exits_130_without_a_traceback(monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", interrupted)
+    try:
+        result = cli("--preset", "tiny", "--device", "cpu")
+    except KeyboardInterrupt:
+        pytest.fail("a traceback")
+    assert result.code == 130 and result.err.count("\n") <= 1
+
+
+def test_main_puts_the_handlers_of_signals_back(small, tmp_path):
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        arguments = [*SMALL, "--data", small, "--max-steps", 1, "--out", tmp_path / "a"]
+        train.main(list(map(str, arguments)))
+        assert {s: signal.getsignal(s) for s in before} == before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "arm, log_every",
+    [("--optimizer muon", 1), ("--optimizer adamw", 1), ("--optimizer adamw", 50),
+     ("--attention softmax --optimizer adamw", 1), ("--attention softmax --optimizer adamw", 50)],
+)  # fmt: skip
+def test_a_loss_that_is_not_finite_exits_1_naming_the_step(arm, log_every, small, tmp_path):
+    out = tmp_path / "run"
+    result = shell(*SMALL, "--warmup", 0, "--data", small, "--lr", "1e30", "--adam-lr", "1e30",
+                   *arm.split(), "--log-every", log_every, "--out", out)  # fmt: skip
+    assert result.code == 1 and "Traceback" not in result.err, result.err
+    last = result.err.splitlines()[-1]
+    assert last.startswith("train.py: ") and "at step " in last
+    if log_every == 1:
+        assert "at step 1" in last or "at step 2" in last
+    saved = out / "checkpoint.npz"
+    assert ("the last good checkpoint is" in last) == saved.exists()
+    if saved.exists():
+        arrays, _ = checkpoint.load(saved)
+        assert all(np.isfinite(a).all() for a in arrays.values())
+    assert not (out / "summary.json").exists()
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+REFUSED = {
+    "an unknown option": ("--dpeth 3", ["--dpeth"]),
+    "an abbreviated option": ("--dep 3", ["--dep"]),
+    "a stray word": ("mnist", ["mnist"]),
+    "an option without its value": ("--depth", ["--depth"]),
+    "an unknown preset": ("--preset mnits", ["mnits", "did you mean 'mnist'"]),
+    "an unknown attention": ("--attention sofmax", ["sofmax", "did you mean 'softmax'"]),
+    "an unknown optimizer": ("--optimizer adam", ["adam", "did you mean 'adamw'"]),
+    "an unknown device": ("--device gpu", ["gpu", "cuda"]),
+    "a word for a number": ("--depth four", ["--depth", "four"]),
+    "a fraction for a count": ("--depth 2.5", ["--depth", "2.5"]),
+    "eta above what the depth allows": ("--depth 2 --eta 0.9", ["eta", "0.9", "depth 2"]),
+    "heads that do not divide the width": ("--width 64 --heads 5", ["5 heads", "width 64"]),
+    "one head": ("--heads 1", ["2 d_v", "at least 2 heads"]),
+    "a patch that does not divide the image": ("--patch 5", ["patch 5", "image 14 x 14"]),
+    "more images than there are": ("--limit-data 1000", ["1000", "300"]),
+    "no threads": ("--threads 0", ["--threads", "'0'"]),
+    "threads in an exotic digit": ("--threads ²", ["--threads"]),
+    "no steps": ("--max-steps 0", ["--max-steps", "'0'"]),
+    "logging at no step": ("--log-every 0", ["--log-every", "'0'"]),
+    "negative max-steps": ("--max-steps -3", ["--max-steps"]),
+    "resume and eval": ("--resume a --eval b", ["--resume", "--eval"]),
+    "resume and out": ("--resume a --out b", ["--resume", "--out"]),
+    "eval of a missing checkpoint": ("--eval missing.npz", ["missing.npz"]),
+    "resume of a missing run": ("--resume missing", ["missing"]),
+    **{
+        f"{option} {value}": (f"--{option} {value}", [f"--{option}"])
+        for option, values in {
+            "depth": "0 -1", "width": "0", "heads": "0 -2", "patch": "0", "mlp-ratio": "0",
+            "epochs": "0 -1", "batch-size": "0 -5", "eta": "0 -0.5 nan", "clip": "0 -1 nan",
+            "lr": "-1 nan inf", "adam-lr": "-1 nan", "alpha-lr": "-1 nan", "weight-decay": "-1 nan",
+            "s-norm": "-1 nan inf", "warmup": "-1", "shift": "-1", "limit-data": "-1",
+            "seed": "-1",
+        }.items()
+        for value in values.split()
+    },
+    **{
+        f"an empty --{option}": ([f"--{option}", ""], [f"--{option}"])
+        for option in "preset attention depth eta data out resume eval export threads".split()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(
+    case, small, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments, words = REFUSED[case]
+    arguments = arguments.split() if isinstance(arguments, str) else arguments
+    given = {a for a in arguments if a.startswith("--")}
+    base = "--preset tiny --limit-data 200 --max-steps 1 --device cpu --data".split() + [small]
+    base = [x for k, v in zip(base[::2], base[1::2]) if k not in given for x in (k, v)]
+    line = refuse(*base, *arguments)
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_image_is_enough_to_train_on(small, tmp_path):
+    succeed(*SMALL, "--data", small, "--limit-data", 1, "--max-steps", 2, "--out", tmp_path)
+    assert json_of(tmp_path / "summary.json")["steps"] == 2
+
+
+def test_a_refusal_in_a_process_of_its_own_looks_the_same(tmp_path):
+    result = shell("--attention", "sofmax", cwd=tmp_path)
+    assert result.code == 2 and result.err.count("\n") == 1 and result.out == ""
+    assert result.err.startswith("train.py: error: ") and "did you mean 'softmax'" in result.err
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_what_to_install(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if ag.find_device("auto")[0] is not np:
+        pytest.skip("there is a GPU")
+    line = refuse("--preset", "tiny", "--data", small, "--device", "cuda")
+    assert "pip install -r requirements-cuda12.txt" in line and list(tmp_path.iterdir()) == []
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def _alter(path):
+    """Turns one byte in the middle of an array."""
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        first = max(archive.infolist(), key=lambda member: member.file_size)
+    raw[first.header_offset + 400] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate, _alter], ids=lambda f: f.__name__)
+def test_a_damaged_data_file_is_refused(damage, small, tmp_path):
+    bad, out = tmp_path / "bad.npz", tmp_path / "run"
+    bad.write_bytes(small.read_bytes())
+    damage(bad)
+    assert str(bad) in refuse(*SMALL, "--data", bad, "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate, _alter], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("option", ["--eval", "--resume"])
+def test_a_damaged_checkpoint_is_refused_and_left_alone(option, damage, trained, small, tmp_path):
+    for name in FILES:
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    damage(tmp_path / "checkpoint.npz")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    target = tmp_path / "checkpoint.npz" if option == "--eval" else tmp_path
+    assert "checkpoint.npz" in refuse(option, target, "--data", small)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def _meta(change):
+    """A checkpoint whose record was changed: still a valid file."""
+
+    def rewrite(path):
+        arrays, meta = checkpoint.load(path)
+        change(meta)
+        checkpoint.save(path, arrays, meta)
+
+    return rewrite
+
+
+STRANGE = {
+    "no configuration": lambda meta: meta.pop("config"),
+    "a number for the configuration": lambda meta: meta.update(config=3),
+    "a field less": lambda meta: meta["config"].pop("depth"),
+    "a word for the depth": lambda meta: meta["config"].update(depth="four"),
+    "another depth": lambda meta: meta["config"].update(depth=3),
+    "no progress": lambda meta: meta.pop("progress"),
+    "an empty progress": lambda meta: meta.update(progress={}),
+    "a word for the step count": lambda meta: meta["progress"].update(step="four"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+@pytest.mark.parametrize("option", ["--eval", "--resume"])
+def test_a_checkpoint_of_something_else_is_refused(option, case, trained, small, tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes((trained / path.name).read_bytes())
+    _meta(STRANGE[case])(path)
+    refuse(option, path if option == "--eval" else tmp_path, "--data", small)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("option", ["--eval", "--resume"])
+def test_a_checkpoint_of_another_configuration_names_the_first_field_that_differs(
+    option, trained, small
+):
+    before = weights(trained)
+    target = trained / "checkpoint.npz" if option == "--eval" else trained
+    line = refuse(option, target, "--data", small, "--width", 32, "--lr", 0.5)
+    assert "width differs: 16 in the checkpoint, 32 here" in line and "lr" not in line
+    assert weights(trained) == before
+
+
+def test_a_checkpoint_of_other_images_is_refused(trained):
+    line = refuse("--eval", trained / "checkpoint.npz", "--data", data.BUNDLED, "--device", "cpu")
+    assert "checkpoint" in line
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(trained, small):
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    line = refuse(*SMALL, "--data", small, "--max-steps", 1, "--out", trained)
+    assert "holds a run already" in line and "--resume" in line
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_with_one_file_of_a_run_is_not_overwritten(name, small, tmp_path):
+    (tmp_path / name).write_text("precious")
+    refuse(*SMALL, "--data", small, "--max-steps", 1, "--out", tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "precious")]
+
+
+def test_an_unwritable_folder_is_refused_before_training(small, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 80)):
+        assert str(out) in refuse(*SMALL, "--data", small, "--max-steps", 1, "--out", out)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("place", ["missing/m.safetensors", "file/m.safetensors", "folder"])
+def test_an_export_that_cannot_be_written_is_refused_before_training(place, small, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    result = cli(*SMALL, "--data", small, "--max-steps", 1, "--out", tmp_path / "run",
+                 "--export", tmp_path / place)  # fmt: skip
+    assert result.code == 2 and "step 1/" not in result.out
+    assert result.err.count("\n") == 1 and place.partition("/")[0] in result.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
