@@ -505,6 +505,28 @@ def matmul(a, b):
     )
 
 
+def linear(X, W, b):
+    """X W + b for X (..., k), W (k, m), b (m,): one large product whatever the batch dimensions.
+
+    ∂/∂X: g Wᵀ,  ∂/∂W: Xᵀ g,  ∂/∂b: the sum of g over all rows.
+    """
+    X, W, b = _tensors(X, W, b)
+    if W.ndim != 2 or X.shape[-1] != W.shape[0] or b.shape != W.shape[1:]:
+        raise ValueError(
+            f"linear needs (..., k), (k, m), (m,), got {X.shape}, {W.shape}, {b.shape}"
+        )
+    rows = X.data.reshape(-1, W.shape[0])
+    out = rows @ W.data
+    out += b.data
+
+    def backward(g):
+        g = g.reshape(-1, W.shape[1])
+        dX = (g @ W.data.T).reshape(X.shape) if X.requires_grad else None
+        return dX, rows.T @ g, g.sum(axis=0)
+
+    return record(out.reshape(*X.shape[:-1], W.shape[1]), (X, W, b), backward)
+
+
 def softmax(a):
     """Softmax over the last axis; VJP: p ∘ (g − ⟨g, p⟩)."""
     (a,) = _tensors(a)

@@ -623,8 +623,8 @@ class MLP:
 
     def __call__(self, X):
         p = self.parameters
-        H = ag.leaky_relu(X @ p["W_1"] + p["b_1"], self.slope, self.gain)
-        return H @ p["W_2"] + p["b_2"]
+        H = ag.leaky_relu(ag.linear(X, p["W_1"], p["b_1"]), self.slope, self.gain)
+        return ag.linear(H, p["W_2"], p["b_2"])
 
 
 # -------------------------------------------------------------------------------------- network
@@ -688,7 +688,7 @@ class SkiplessTransformer:
 
     def read_out(self, X):
         """logits (B, classes) from the last tokens X (B, N, d): their mean, then a linear map."""
-        return X.mean(axis=1) @ self.ends["W_C"] + self.ends["b_C"]
+        return ag.linear(X.mean(axis=1), self.ends["W_C"], self.ends["b_C"])
 
     def __call__(self, images):
         X = self.embed(images)

@@ -73,7 +73,7 @@ class Config:
     mlp_ratio: int = 4
     eta: float = 0.65  # correlation that the tailored leaky ReLUs of all layers take 0 to
     s_norm: float = 0.1  # ‖S‖₂ on the first batch, to which α is calibrated
-    epochs: int = 6
+    epochs: int = 5
     batch_size: int = 128
     optimizer: str = "muon"
     lr: float = 0.01  # of the matrices under Muon; of everything under AdamW
@@ -82,7 +82,7 @@ class Config:
     weight_decay: float = 0.0  # of AdamW
     warmup: int = 100
     clip: float = 1.0
-    shift: int = 2  # training images are moved by up to this many pixels, each way
+    shift: int = 1  # training images are moved by up to this many pixels, each way
     limit_data: int = 0  # 0: all
     seed: int = 0
 
@@ -151,7 +151,7 @@ def parse(arguments):
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads")
     parser.add_argument("--data", metavar="PATH", help="an .npz file or a folder of IDX files")
     parser.add_argument("--max-steps", type=positive_int, metavar="N",
-                        help="stop after N steps; the schedule stays that of the full run")  # fmt: skip
+                        help="stop early; the schedule stays that of the full run")  # fmt: skip
     parser.add_argument("--log-every", type=positive_int, default=50, metavar="N")
     parser.add_argument("--out", metavar="DIR", help="default runs/PRESET-TIME")
     parser.add_argument("--resume", metavar="DIR", help="the folder of a stopped run")

@@ -467,6 +467,22 @@ def test_gradient_check_sees_a_missing_term(rng):
     assert ag.gradient_check(f, rng.standard_normal(5)) > 1e-2
 
 
+def test_gradient_check_sees_errors_that_ones_would_hide(rng):
+    def softmax(a):
+        p = np.exp(a) / np.exp(a).sum()
+        return p, p
+
+    # ⟨1, softmax⟩ = 1 is constant, so with a cotangent of ones any scale of this VJP passes.
+    f = ag.operator(softmax, lambda g, p: [1.001 * p * (g - (g * p).sum())])
+    assert ag.gradient_check(f, rng.standard_normal(5)) > 1e-4
+    # An error of mean zero, which a tangent of ones does not feel.
+    f = ag.operator(
+        lambda a: (a.sum(keepdims=True), None),
+        lambda g, saved: [g * np.array([1.1, 0.9, 1.2, 0.8])],
+    )
+    assert ag.gradient_check(f, rng.standard_normal(4)) > 1e-2
+
+
 def test_a_cotangent_of_ones_is_blind_to_an_orthogonal_map_where_gradient_check_is_not(rng):
     """O = R(t) v turns v by the angle t: Σ O² does not depend on t, whatever the VJP says."""
     v = rng.standard_normal(2)

@@ -176,12 +176,12 @@ def test_a_batch_of_muon_is_every_matrix_by_itself(rng):
 def test_muon_is_nesterov_momentum_then_a_polar_step(rng):
     W, g = random_orthogonal(5, 5, rng, np.float64), rng.standard_normal((3, 5, 5))
     parameters, buffer = tensors(np, {"w": W}), 0
-    optimizer = optimizers.Muon(parameters, momentum=0.9)
+    optimizer = optimizers.Muon(parameters, momentum=0.8)
     for t in range(3):
         parameters["w"].grad = g[t]
         optimizer.step(0.1, t + 1)
-        buffer = 0.9 * buffer + g[t]
-        W = optimizers.retract(W - 0.1 * optimizers.orthogonalise(g[t] + 0.9 * buffer))
+        buffer = 0.8 * buffer + g[t]
+        W = optimizers.retract(W - 0.1 * optimizers.orthogonalise(g[t] + 0.8 * buffer))
     np.testing.assert_allclose(parameters["w"].data, W, atol=1e-13, rtol=0)
 
 

@@ -485,7 +485,7 @@ def test_chebyshevs_adjoint_holds_for_matrices_that_are_not_skew(f, rng, xp):
 @each_route
 @each_dtype
 @pytest.mark.parametrize("norm", [30, 100, 1000])
-def test_routes_agree_at_large_norms(norm, dtype, route, rng):
+def test_routes_agree_at_large_norms(norm, dtype, route, rng, xp):
     Q, K, V = cast(dtype, *rng.standard_normal((3, 20, 3)))
     alpha = dtype(norm / norm_S(Q, K, 1.0))
     dO = rng.standard_normal(V.shape).astype(dtype)
@@ -495,11 +495,11 @@ def test_routes_agree_at_large_norms(norm, dtype, route, rng):
     # beyond ‖S‖ = 30 it is not, which is why "auto" turns to QR there.
     if route == "gram" and norm > 30 and dtype == np.float32:
         return
-    O, saved = osa.osa_forward(Q, K, V, alpha, route)
+    O, saved = osa.osa_forward(*(xp.asarray(a) for a in (Q, K, V, alpha)), route)
     close(O, osa.osa_dense(*exact_in), tolerance(Q, K, alpha))
     exact = gradients(*exact_in, dO.astype(float), "dense")
-    for g, e in zip(osa.osa_backward(dO, saved), exact):
-        close(np.asarray(g), e, tolerance(Q, K, alpha) * np.linalg.norm(e))
+    sizes = [np.linalg.norm(e) for e in exact]
+    gradients_close(osa.osa_backward(xp.asarray(dO), saved), exact, sizes, tolerance(Q, K, alpha))
 
 
 def parallel_tokens(rng, N, d):
@@ -518,24 +518,25 @@ def nearly_equal(rng, N, d):
 @pytest.mark.parametrize("tokens", [parallel_tokens, nearly_equal])
 @pytest.mark.parametrize("N, d", [(24, 4), (60, 8)])
 @each_dtype
-def test_auto_stays_accurate_for_parallel_tokens_and_for_K_near_Q(tokens, N, d, dtype, rng):
+def test_auto_stays_accurate_for_parallel_tokens_and_for_K_near_Q(tokens, N, d, dtype, rng, xp):
     Q, K = cast(dtype, *tokens(rng, N, d))
     V, dO = cast(dtype, *rng.standard_normal((2, N, d)))
     alpha = dtype(2 / norm_S(Q, K, 1.0))
     exact_in = cast(np.float64, Q, K, V, alpha)
-    O, saved = osa.osa_forward(Q, K, V, alpha)
+    arrays = [xp.asarray(a) for a in (Q, K, V, alpha)]
+    O, saved = osa.osa_forward(*arrays)
     # A rounding of Q and K by eps moves S by s‖Q‖‖K‖ eps, 1e3 to 1e5 times ‖S‖ eps here, and no
     # algorithm can do better; the gram route would lose the square of that factor.
     s = float(alpha) / math.sqrt(d)
     size = s * np.linalg.norm(Q.astype(float), 2) * np.linalg.norm(K.astype(float), 2)
     tol = N * np.finfo(dtype).eps * size
     close(O, osa.osa_dense(*exact_in), tol)
-    A = osa.attention_matrix(Q, K, alpha).astype(float)
+    A = ag.to_cpu(osa.attention_matrix(arrays[0], arrays[1], arrays[3])).astype(float)
     # Orthogonality does not suffer: the small matrix is skew-symmetric whatever the rounding.
     close(A.T @ A, np.eye(N), 8 * N * np.finfo(dtype).eps)
     exact = gradients(*exact_in, dO.astype(float), "dense")
-    for g, e in zip(osa.osa_backward(dO, saved), exact):
-        close(np.asarray(g), e, tol * np.linalg.norm(e))
+    sizes = [np.linalg.norm(e) for e in exact]
+    gradients_close(osa.osa_backward(xp.asarray(dO), saved), exact, sizes, tol)
 
 
 # --------------------------------------------------------------------------------- bases, angles

@@ -361,6 +361,18 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained, s
     assert all(ours[k] != theirs[k] for k in ours if k.endswith(("W_QK", "W_V", "W_1", "W_E")))
 
 
+def test_the_seed_decides_the_first_weights_and_the_validation_images(small):
+    first, again, other = (
+        train.Run(*train.parse([*SMALL, "--data", str(small), "--seed", seed])[:2], np, "cpu")
+        for seed in "001"
+    )
+    for run, same in ((again, True), (other, False)):
+        assert (run.x_val.tobytes() == first.x_val.tobytes()) is same
+        for k, p in run.parameters.items():
+            if k.endswith(("W_QK", "W_V", "W_O", "W_1", "W_2", "W_E", "b_E", "W_C")):
+                assert (p.data.tobytes() == first.parameters[k].data.tobytes()) is same, k
+
+
 def test_logging_does_not_change_the_weights(trained, small, tmp_path):
     succeed(*SMALL, "--log-every", 4, "--data", small, "--max-steps", 5, "--out", tmp_path / "a")
     assert weights(tmp_path / "a") == weights(trained)
