@@ -96,7 +96,7 @@ def _pool(threads):
     return ThreadPoolExecutor(threads)
 
 
-def batch_parts(a, width, target=2**20):
+def batch_parts(a, width, target=2**22):
     """Slices of the first axis of a (..., N, n) that stay in a core's cache as they are worked on.
 
     Many small matrices gain twice: intermediate results of about `target` numbers per part never

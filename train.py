@@ -21,25 +21,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"
 )  # fmt: skip
 
-
-def set_threads(arguments):
-    """Applies `--threads N`: libraries of linear algebra read their limit once, on import."""
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--threads":
-            value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-            if value.isdigit() and int(value) > 0:  # anything else is refused by the parser
-                os.environ.update(dict.fromkeys(THREAD_VARIABLES, value))
-
-
 if __name__ == "__main__":
-    set_threads(sys.argv[1:])
+    # One BLAS thread each for the threads of `Run.gradients`; read once, when NumPy is imported.
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
 
 import numpy as np  # noqa: E402
 
@@ -106,6 +97,10 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
 }
 POSITIVE = ("depth", "width", "heads", "patch", "mlp_ratio", "epochs", "batch_size", "eta", "clip")
+NOT_NEGATIVE = ("s_norm", "lr", "adam_lr", "alpha_lr", "weight_decay", "warmup", "shift",
+                "limit_data", "seed")  # fmt: skip
+FILES = ("config.json", "metrics.csv", "summary.json", "checkpoint.npz", "curves.png")
+PATHS = ("data", "out", "resume", "eval", "export")
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,7 +122,7 @@ def one_of(name):
 
 
 def positive_int(value):
-    if not value.isdigit() or int(value) == 0:
+    if not value.isdecimal() or int(value) == 0:
         raise argparse.ArgumentTypeError(f"{value!r} is not a positive whole number")
     return int(value)
 
@@ -148,7 +143,9 @@ def parse(arguments):
             parser.add_argument(option, type=convert, metavar=field.type.__name__.upper(),
                                 help=f"default {field.default}")  # fmt: skip
     parser.add_argument("--device", type=one_of("device"), default="auto", metavar="NAME")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="CPU threads, default all cores"
+    )
     parser.add_argument("--data", metavar="PATH", help="an .npz file or a folder of IDX files")
     parser.add_argument("--max-steps", type=positive_int, metavar="N",
                         help="stop early; the schedule stays that of the full run")  # fmt: skip
@@ -162,11 +159,15 @@ def parse(arguments):
     names = [f.name for f in dataclasses.fields(Config)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = Config(**{**PRESETS[given.get("preset", "mnist")], **given})
-    for name in POSITIVE:
-        if not getattr(config, name) > 0:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}"
-            )
+    for name in POSITIVE + NOT_NEGATIVE:
+        value, option = getattr(config, name), "--" + name.replace("_", "-")
+        if name in POSITIVE and not value > 0:
+            raise UserError(f"{option} must be positive, got {value}")
+        if name in NOT_NEGATIVE and not 0 <= value < math.inf:
+            raise UserError(f"{option} must be 0 or more, and finite, got {value}")
+    for name in PATHS:
+        if getattr(args, name) == "":
+            raise UserError(f"--{name} needs a path, got an empty one")
     if sum(bool(x) for x in (args.resume, args.eval, args.out)) > 1:
         raise UserError("--resume, --eval and --out exclude one another")
     return config, args, given
@@ -213,6 +214,8 @@ def probe(model, images):
     for attention, Q, K in attention_inputs(model, images):
         alpha = attention.parameters["alpha"].data
         xp = ag.array_module(Q)
+        if not (xp.isfinite(Q).all() and xp.isfinite(K).all()):
+            raise FloatingPointError("Q or K contains NaN or Inf")
         A = attention_matrix(Q, K, alpha)
         deviation = abs(A.swapaxes(-1, -2) @ A - xp.eye(A.shape[-1], dtype=A.dtype)).max()
         s_norm = np.fmax(s_norm, float(rotation_angles(Q, K, alpha).max()))
@@ -259,13 +262,23 @@ class Stop:
 
     def __init__(self):
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.notice)
+
+    def __enter__(self):
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.before = {n: signal.signal(n, self.notice) for n in numbers}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def notice(self, number, frame):
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
+
+
+PROGRESS = {"step": int, "seconds": float, "worst_error": float, "largest_s": float}
 
 
 class Run:
@@ -287,9 +300,15 @@ class Run:
         self.steps_per_epoch = len(x) // self.batch_size
         self.steps = config.epochs * self.steps_per_epoch
 
-        self.model = build(config, dataset.x_train.shape[1], dataset.classes, xp)
+        # One replica of the model per thread; they share the arrays of the first one's parameters.
+        self.threads = 1 if xp is not np else args.threads or os.cpu_count() or 1
+        size, classes = dataset.x_train.shape[1], dataset.classes
+        self.replicas = [build(config, size, classes, xp) for _ in range(self.threads)]
+        self.model = self.replicas[0]
+        self.pool = ThreadPoolExecutor(self.threads)
         self.parameters = self.model.parameters
         self.optimizers = make_optimizers(config, self.parameters)
+        self.measures = any(k.endswith(".alpha") for k in self.parameters)  # S exists
         self.step, self.seconds, self.worst_error, self.largest_s = 0, 0.0, 0.0, 0.0
         if saved is None:
             calibrate(self.model, self.batch()[0], config.s_norm)
@@ -314,14 +333,19 @@ class Run:
             for k in optimizer.state:
                 optimizer.state[k][...] = self.xp.asarray(arrays[f"optimizer.{k}"])
         progress = meta["progress"]
-        self.step, self.seconds = progress["step"], progress["seconds"]
-        self.worst_error, self.largest_s = progress["worst_error"], progress["largest_s"]
+        for name in PROGRESS:
+            setattr(self, name, progress[name])
 
     def save(self, folder):
-        """Writes folder/checkpoint.npz."""
-        progress = {k: getattr(self, k) for k in ("step", "seconds", "worst_error", "largest_s")}
-        meta = {"config": dataclasses.asdict(self.config), "progress": progress}
-        checkpoint.save(folder / "checkpoint.npz", self.state(), meta)
+        """Writes folder/checkpoint.npz, unless a number in it is NaN or Inf."""
+        state = self.state()
+        for name, a in state.items():
+            if not np.isfinite(a).all():
+                raise FloatingPointError(f"{name} contains NaN or Inf")
+        progress = {k: getattr(self, k) for k in PROGRESS}
+        path = self.args.data and os.path.abspath(self.args.data)
+        meta = {"config": dataclasses.asdict(self.config), "progress": progress, "data": path}
+        checkpoint.save(folder / "checkpoint.npz", state, meta)
 
     def batch(self):
         """Images and labels of step `self.step`, in an order drawn from the seed and the epoch."""
@@ -335,12 +359,37 @@ class Run:
         images = data.crops(self.x, chosen, self.offsets[part], self.size)
         return self.standardise(images), self.y[chosen]
 
+    def gradients(self, images, labels):
+        """Fills `.grad` with those of the mean loss; returns the loss and the number right.
+
+        Each thread takes its share of the batch on its own replica, as machines would: NumPy's
+        single calls are too short here to be worth dividing (a step takes 2/3 of the time).
+        """
+
+        def share_of(model, part):
+            x, y = images[part], labels[part]
+            logits = model(x)
+            loss = ag.cross_entropy(logits, y) * (len(y) / len(labels))
+            loss.backward()
+            return loss.data, (logits.data.argmax(axis=1) == y).sum()
+
+        replicas = self.replicas[: len(labels)]
+        ends = [len(labels) * i // len(replicas) for i in range(len(replicas) + 1)]
+        parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
+        for model in replicas[1:]:
+            for k, p in model.parameters.items():
+                p.data, p.grad = self.parameters[k].data, None
+        if len(replicas) == 1:
+            return share_of(self.model, parts[0])
+        shares = list(self.pool.map(share_of, replicas, parts))
+        for model in replicas[1:]:
+            for k, p in model.parameters.items():
+                self.parameters[k].grad += p.grad
+        return sum(loss for loss, _ in shares), sum(right for _, right in shares)
+
     def train_step(self):
         """One update; loss, right answers, gradient norm (all on the device) and rate factor."""
-        images, labels = self.batch()
-        logits = self.model(images)
-        loss = ag.cross_entropy(logits, labels)
-        loss.backward()
+        loss, right = self.gradients(*self.batch())
         norm = optimizers.clip_gradients(self.parameters, self.config.clip)
         factor = optimizers.schedule(
             self.step, self.steps, min(self.config.warmup, self.steps // 2)
@@ -350,12 +399,24 @@ class Run:
             optimizer.step(lr * factor, self.step)
         for p in self.parameters.values():
             p.grad = None
-        return loss.data, (logits.data.argmax(axis=1) == labels).sum(), norm, factor
+        return loss, right, norm, factor
 
     def train(self, folder, stop):
         """Steps until the end, `--max-steps` or a signal; writes metrics.csv and checkpoints."""
         last = min(self.steps, self.args.max_steps or self.steps)
         log, started = Log(folder, self), time.perf_counter() - self.seconds
+        try:
+            self.steps_until(last, log, started, folder, stop)
+        except FloatingPointError as error:
+            kept = folder / "checkpoint.npz"
+            kept = f"the last good checkpoint is {kept}" if kept.exists() else "none was saved yet"
+            raise FloatingPointError(f"{error}, at step {self.step}; {kept}") from None
+        finally:
+            log.close()
+        return self.step >= last
+
+    def steps_until(self, last, log, started, folder, stop):
+        """The loop of `train`."""
         while self.step < last and stop.signal is None:
             loss, right, norm, factor = self.train_step()
             log.add(loss, right)
@@ -372,8 +433,7 @@ class Run:
                 log.row(factor, float(norm), val, s_norm, error)
             if self.step % self.steps_per_epoch == 0:
                 self.save(folder)
-        log.close()
-        return self.step == last
+        self.save(folder)
 
 
 class Log:
@@ -474,8 +534,8 @@ def summarise(run, folder):
         "train_loss": float(rows[-1]["train_loss"]) if rows else None,
         "steps": run.step,
         "seconds": round(run.seconds, 2),
-        "orthogonality_error": run.worst_error,
-        "max_S_norm": run.largest_s,
+        "orthogonality_error": run.worst_error if run.measures else None,
+        "max_S_norm": run.largest_s if run.measures else None,
         "parameters": sum(p.size for p in run.parameters.values()),
         "peak_memory_mb": peak_memory(),
     }
@@ -512,7 +572,7 @@ def environment(run):
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "device": run.device,
-        "threads": ag.thread_count(),
+        "threads": run.threads,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -526,9 +586,11 @@ def new_folder(args, config):
     """The folder of a new run, created; never one that holds a run already."""
     name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.out) if args.out else Path("runs") / name
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder} holds a run already; choose another --out, or --resume {folder}")
     try:
+        if any((folder / name).exists() for name in FILES):
+            raise UserError(
+                f"{folder} holds a run already; choose another --out, or --resume {folder}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         probe_file = folder / ".writable"
         probe_file.touch()
@@ -541,14 +603,28 @@ def new_folder(args, config):
 def load_checkpoint(path, given):
     """(Config, arrays, meta) of a checkpoint; options that were given must agree with it."""
     arrays, meta = checkpoint.load(path)
-    known = [f.name for f in dataclasses.fields(Config)]
-    if set(meta.get("config", ())) != set(known) or "progress" not in meta:
+    known, form = [f.name for f in dataclasses.fields(Config)], Config()
+    config, progress = meta.get("config"), meta.get("progress")
+    if (
+        not isinstance(config, dict)
+        or set(config) != set(known)
+        or any(type(config[k]) is not type(getattr(form, k)) for k in known)
+        or not isinstance(progress, dict)
+        or {k: type(v) for k, v in progress.items()} != PROGRESS
+    ):
         raise UserError(f"{path} is not a checkpoint of this program")
     try:
         checkpoint.require_same(meta["config"], {**meta["config"], **given}, known)
     except checkpoint.CheckpointError as error:
         raise UserError(f"{path}: {error}") from None
     return Config(**meta["config"]), arrays, meta
+
+
+def check_writable(path):
+    """Refuses a file that could not be written later, so that no training is lost."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"--export {path}: not a file that can be written")
 
 
 def export(path, run):
@@ -565,12 +641,13 @@ def main(arguments=None):
     if args.eval or args.resume:
         path = Path(args.eval) if args.eval else Path(args.resume) / "checkpoint.npz"
         config, *saved = load_checkpoint(path, given)
+        args.data = args.data or saved[1].get("data")
     try:
         xp, device = ag.find_device(args.device)
     except RuntimeError as error:
         raise UserError(str(error)) from None
     run = Run(config, args, xp, device, saved)
-    print(f"device {device}; {ag.thread_count()} threads")
+    print(f"device {device}; {run.threads} threads")
 
     if args.eval:
         x, y = xp.asarray(run.x_test), xp.asarray(run.y_test)
@@ -579,21 +656,17 @@ def main(arguments=None):
             export(args.export, run)
         return 0
 
+    if args.export:
+        check_writable(args.export)
     folder = Path(args.resume) if args.resume else new_folder(args, config)
-    stop = Stop()
     count = sum(p.size for p in run.parameters.values())
     print(f"{config.attention}, {config.depth} layers, {count:,} parameters, {run.steps:,} steps")
     print(f"writing {folder}")
     about = {"config": dataclasses.asdict(config), "data": args.data, **environment(run)}
     if not args.resume:
         write_json(folder / "config.json", about)
-    try:
+    with Stop() as stop:
         finished = run.train(folder, stop)
-    except FloatingPointError as error:
-        kept = folder / "checkpoint.npz"
-        kept = f"the last good checkpoint is {kept}" if kept.exists() else "none was saved yet"
-        raise FloatingPointError(f"{error}, at step {run.step}; {kept}") from None
-    run.save(folder)
     if not finished:
         name = signal.Signals(stop.signal).name
         print(
@@ -611,8 +684,11 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # ‖S‖₂, on a terminal that has no such letters
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (UserError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

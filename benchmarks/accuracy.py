@@ -1,0 +1,240 @@
+"""Rounding errors of every route, over inputs that are easy and inputs that are not.
+
+    python benchmarks/accuracy.py            writes results/accuracy.csv, .json and .png
+
+Against exp(S) V and its gradients by the dense definition in float64, on the same (already
+rounded) inputs; the reference itself is held against a Taylor series in extended precision.
+Errors are relative, in the Frobenius norm, and printed divided by max(1, ‖S‖₂).
+"""
+
+import argparse
+import csv
+import json
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+from machine import about  # noqa: E402
+
+from osa_minimal import (  # noqa: E402
+    ROUTES,
+    attention_matrix,
+    osa_backward,
+    osa_forward,
+    rotation_angles,
+    skew_scores,
+)
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def input_classes(rng, N=96, d_v=8, batch=4):
+    """(name, ordinary?, Q, K, V, alpha) in float64."""
+
+    def normal(*shape):
+        return rng.standard_normal(shape)
+
+    def tokens(n=N):
+        return normal(batch, n, d_v), normal(batch, n, d_v), normal(batch, n, d_v)
+
+    Q, K, V = tokens()
+    yield "Gaussian", True, Q, K, V, 0.1
+    norm = float(rotation_angles(Q, K, 1.0).max())
+    for size in (0, 1e-6, 0.1, 1, 3, 10, 30, 100):
+        yield f"norm of S = {size:g}", size <= 3, Q, K, V, size / norm
+    few = np.concatenate([Q[..., :3]] * 3, axis=-1)[..., :d_v]
+    yield "rank-deficient [Q, K]", True, few, K, V, 0.1
+    yield "all of K in the span of Q", True, Q, Q @ normal(d_v, d_v), V, 0.03
+    copies = rng.integers(0, 10, N)
+    yield "duplicated tokens", True, Q[:, copies], K[:, copies], V[:, copies], 0.05
+    for sigma in (1e-3, 1e-6):
+        U, _, Wt = np.linalg.svd(np.concatenate([Q, K], axis=-1), full_matrices=False)
+        P = U * np.geomspace(1, sigma, 2 * d_v) @ Wt * 10
+        yield (
+            f"smallest/largest singular value {sigma:g}",
+            False,
+            P[..., :d_v],
+            P[..., d_v:],
+            V,
+            0.3,
+        )
+    for size in (10, 1000):
+        common = size * normal(batch, 1, d_v), size * normal(batch, 1, d_v)
+        yield (
+            f"common component {size} times the rest",
+            False,
+            Q + common[0],
+            K + common[1],
+            V,
+            0.01,
+        )
+        yield f"the same, norm of S = 1 ({size})", False, Q + common[0], K + common[1], V, 1 / float(
+            rotation_angles(Q + common[0], K + common[1], 1.0).max())  # fmt: skip
+    yield "K = Q + 1e-3 noise", False, Q, Q + 1e-3 * K, V, 1.0
+    yield "K = Q + 1e-6 noise", False, Q, Q + 1e-6 * K, V, 1.0
+    U = np.linalg.qr(normal(batch, N, 2 * d_v))[0]
+    yield "repeated angles", True, U[..., :d_v], U[..., d_v:], V, 2.0
+    yield "N < 2 d_v", True, *tokens(2 * d_v - 5), 0.3
+    yield "N = 1", True, *tokens(1), 0.3
+    for scale in (1e-10, 1e10):
+        yield f"Q, K, V times {scale:g}", False, Q * scale, K * scale, V * scale, 0.1
+    yield "Q times 1e5, K times 1e-5", True, Q * 1e5, K * 1e-5, V, 0.1
+    padded = Q.copy(), K.copy()
+    for a in padded:
+        a[:, -N // 3 :] = 0
+    yield "padded rows", True, *padded, V, 0.1
+
+
+def all_results(Q, K, V, alpha, dO, route):
+    O, saved = osa_forward(Q, K, V, alpha, route)
+    return dict(zip(("O", "dQ", "dK", "dV", "dalpha"), (O, *osa_backward(dO, saved))))
+
+
+def extended_exp(S):
+    """exp(S) of one matrix by scaling, Taylor and squaring in numpy.longdouble."""
+    S = S.astype(np.longdouble)
+    k = max(0, int(np.ceil(np.log2(max(np.abs(S).sum(axis=1).max(), 1e-30)))) + 3)
+    X, term, total = (
+        S / 2**k,
+        np.eye(len(S), dtype=np.longdouble),
+        np.eye(len(S), dtype=np.longdouble),
+    )
+    for j in range(1, 30):
+        term = term @ X / j
+        total = total + term
+    for _ in range(k):
+        total = total @ total
+    return total
+
+
+def relative(got, want, natural):
+    """‖got − want‖/‖want‖, or against the natural size of the quantity where it vanishes."""
+    size = np.linalg.norm(want)
+    return float(
+        np.linalg.norm(got - want) / max(size if size > 1e-9 * natural else natural, 1e-300)
+    )
+
+
+def measure(seed=0):
+    rng, rows = np.random.default_rng(seed), []
+    for name, ordinary, Q, K, V, alpha in input_classes(rng):
+        dO = rng.standard_normal(V.shape)
+        for dtype in (np.float64, np.float32):
+            q, k, v, g = (a.astype(dtype) for a in (Q, K, V, dO))
+            exact = [a.astype(np.float64) for a in (q, k, v)]
+            exact_alpha = float(dtype(alpha))
+            want = all_results(*exact, exact_alpha, g.astype(np.float64), "dense")
+            S = skew_scores(*exact[:2], exact_alpha)
+            norm = float(rotation_angles(*exact[:2], exact_alpha).max())
+            size = [np.linalg.norm(a) for a in (*exact, g.astype(np.float64))]
+            s = exact_alpha / np.sqrt(q.shape[-1])
+            natural = {"O": size[2], "dV": size[3], "dQ": s * size[1] * size[2] * size[3],
+                       "dK": s * size[0] * size[2] * size[3],
+                       "dalpha": size[0] * size[1] * size[2] * size[3]}  # fmt: skip
+            row = {"class": name, "ordinary": ordinary, "dtype": dtype.__name__, "norm_S": norm}
+            if dtype is np.float64 and norm < 1e3:
+                truth = extended_exp(S[0]) @ exact[2][0]
+                check = np.linalg.norm(want["O"][0] - truth) / np.linalg.norm(truth)
+                rows.append({**row, "route": "reference", "O": float(check) / max(1, norm)})
+            for route in ROUTES:
+                got = all_results(q, k, v, dtype(alpha), g, route)
+                A = attention_matrix(q, k, dtype(alpha), route)
+                I = np.eye(A.shape[-1], dtype=dtype)
+                errors = {x: relative(got[x], want[x], natural[x]) / max(1, norm) for x in got}
+                orthogonality = float(abs(A.swapaxes(-1, -2) @ A - I).max())
+                rows.append({**row, "route": route, **errors, "orthogonality": orthogonality})
+    return rows
+
+
+QUANTITIES = ("O", "dQ", "dK", "dV", "dalpha", "orthogonality")
+
+
+def report(rows):
+    """Prints the table and says which targets hold for route "auto"."""
+    print(
+        f"{'class':42s}{'dtype':9s}{'route':15s}{'‖S‖₂':>9s}"
+        + "".join(f"{q:>10s}" for q in QUANTITIES)
+    )
+    for row in rows:
+        values = "".join(f"{row[q]:10.1e}" if q in row else " " * 10 for q in QUANTITIES)
+        print(f"{row['class']:42s}{row['dtype']:9s}{row['route']:15s}{row['norm_S']:9.1e}{values}")
+    qr = {(r["class"], r["dtype"]): r for r in rows if r["route"] == "qr"}
+    failed = []
+    for row in (r for r in rows if r["route"] == "auto"):
+        wide = row["dtype"] == "float64"
+        limits = {
+            "O": 1e-12 if wide else 2e-6 if row["ordinary"] else np.inf,
+            "orthogonality": 1e-5,
+        }
+        if wide:
+            limits |= dict.fromkeys(("dQ", "dK", "dV", "dalpha"), 1e-10)
+        for q, limit in limits.items():
+            if not row[q] <= limit:
+                failed.append(f"{row['class']}, {row['dtype']}: {q} {row[q]:.1e} > {limit:.0e}")
+        if not wide:
+            other = qr[row["class"], row["dtype"]]
+            for q in QUANTITIES[:-1]:
+                if not row[q] <= 10 * max(other[q], np.finfo(np.float32).eps):
+                    failed.append(f"{row['class']}, float32: {q} {row[q]:.1e}, qr {other[q]:.1e}")
+    print("\n".join(["auto misses:", *failed]) if failed else "auto meets every target")
+    return failed
+
+
+def draw(rows, path):
+    """Error of O per class for every route; left float32, right float64."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(r["class"] for r in rows))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 8), sharey=True, layout="constrained")
+    style = {"auto": ("o", 90, "none"), "gram": ("x", 40, None), "qr": ("+", 50, None),
+             "newton_schulz": ("s", 22, None), "dense": (".", 30, None)}  # fmt: skip
+    for axis, dtype in zip(axes, ("float32", "float64")):
+        for i, (route, (marker, size, face)) in enumerate(style.items()):
+            chosen = [r for r in rows if r["route"] == route and r["dtype"] == dtype]
+            colour = f"C{i}"
+            axis.scatter([max(r["O"], 1e-18) for r in chosen], [names.index(r["class"]) for r in chosen],
+                         s=size, marker=marker, label=route, color=colour,
+                         facecolors=face or colour)  # fmt: skip
+        axis.axvline(np.finfo(dtype).eps, color="0.6", lw=1, zorder=0)
+        axis.set(xscale="log", title=dtype, xlabel="relative error of O / max(1, ‖S‖₂); line: eps")
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warnings.simplefilter("error")  # a warning is a failure
+    rows = measure(args.seed)
+    failed = report(rows)
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / "accuracy.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(
+            file, ("class", "ordinary", "dtype", "norm_S", "route", *QUANTITIES)
+        )
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows
+        )
+    text = json.dumps(
+        {"seed": args.seed, "missed": failed, **about()}, indent=2, ensure_ascii=False
+    )
+    (RESULTS / "accuracy.json").write_text(text + "\n", encoding="utf-8")
+    draw(rows, RESULTS / "accuracy.png")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

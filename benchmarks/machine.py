@@ -1,0 +1,33 @@
+"""What a committed result says of the machine that made it."""
+
+import os
+import platform
+import sys
+import time
+
+import numpy as np
+
+
+def cpu_model():
+    """The processor's name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def about():
+    """Command, date, processor, versions."""
+    torch = sys.modules.get("torch")
+    return {
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": f"{cpu_model()}, {os.cpu_count()} cores",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__ if torch else None,
+    }
