@@ -203,8 +203,8 @@ def orthonormal_basis(M, method="qr", steps=30):
     rank-deficient M needs many: σ = 1e-3 is at 0.06 after 10 steps and at 1 after 22.
     For N ≤ r Newton–Schulz has no tall matrix to work on; the answer is then the identity.
     """
-    xp = array_module(M)
     _check_float("M", M, min_ndim=2)
+    xp = array_module(M)
     if method == "qr":
         return xp.linalg.qr(M)[0]
     if method != "newton_schulz":
@@ -270,8 +270,10 @@ def osa_backward(dO, saved):
     Raises ValueError for a dO of the wrong shape or dtype.
     """
     alpha, V, joint = saved
+    _check_float("dO", dO)
     if dO.shape != V.shape or dO.dtype != V.dtype:
         raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
+    _check_finite("dO", dO)
     dF, ds = backward_joint(dO, joint)
     d_v = (dF.shape[-1] - V.shape[-1]) // 2
     dalpha = ag.unbroadcast(ds / math.sqrt(d_v), getattr(alpha, "shape", ()))
@@ -314,6 +316,10 @@ def _forward(F, s, d_v, route):
         size2, rho = _gram_norms(M[..., :r], s, d_v)
         if route == "gram" or bool((size2 <= GRAM_LIMIT * xp.maximum(rho, 1)).all()):
             rho = float(rho.max())
+            if route == "gram" and not rho <= 1e4:
+                raise ValueError(
+                    f"route 'gram' needs ‖S‖ ≤ 1e4, got {rho:.1e}; 'auto' has no limit"
+                )
             if rho <= RHO_MAX or route == "gram":
                 return _gram_forward(F, M, s, d_v, rho)
     if route == "dense" or (route == "auto" and N <= r):
@@ -434,6 +440,7 @@ def _basis_backward(dO, saved, dF, ds):
 
 def attention_matrix(Q, K, alpha, route="auto"):
     """A = exp(S) (..., N, N) ∈ SO(N), by applying it to the identity: for pictures and checks."""
+    _checked(Q, K, Q, alpha)
     xp = array_module(Q, K)
     I = xp.broadcast_to(xp.eye(Q.shape[-2], dtype=Q.dtype), (*Q.shape[:-1], Q.shape[-2]))
     return osa_forward(Q, K, I, alpha, route)[0]
@@ -455,15 +462,25 @@ def rotation_angles(Q, K, alpha):
 
 
 def _check_float(name, a, min_ndim=0):
+    if not hasattr(a, "dtype") or not hasattr(a, "shape"):
+        raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(a).__name__}")
     if a.dtype not in (np.float32, np.float64):
         raise TypeError(f"{name} must be float32 or float64, got {a.dtype}")
     if a.ndim < min_ndim:
         raise ValueError(f"{name} needs at least {min_ndim} dimensions, got shape {a.shape}")
 
 
+def _check_finite(name, a):
+    """Raises ValueError for NaN or Inf; on a GPU, where it would have to wait, it does not look."""
+    if array_module(a) is np:
+        with np.errstate(over="ignore", invalid="ignore"):
+            # NaN and Inf survive a sum; a sum that overflows is looked at again, entry by entry.
+            if not np.isfinite(a.sum()) and not np.isfinite(a).all():
+                raise ValueError(f"{name} contains NaN or Inf")
+
+
 def _checked(Q, K, V, alpha):
     """Q, K, V as they are and s = α/√d_v (..., 1, 1) of their dtype; raises on bad input."""
-    xp = array_module(Q, K, V, alpha)
     for name, a in (("Q", Q), ("K", K), ("V", V)):
         _check_float(name, a, min_ndim=2)
         if a.dtype != Q.dtype:
@@ -472,18 +489,21 @@ def _checked(Q, K, V, alpha):
             raise ValueError(f"{name} has shape {a.shape}; Q has {Q.shape}: only widths may differ")
         if a.size == 0:
             raise ValueError(f"{name} is empty: shape {a.shape}")
-        # NaN or Inf survive a sum; a sum that overflows is looked at again, entry by entry.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if xp is np and not np.isfinite(a.sum()) and not np.isfinite(a).all():
-                raise ValueError(f"{name} contains NaN or Inf")
+        _check_finite(name, a)
     if K.shape != Q.shape:
         raise ValueError(f"Q and K must have one shape, got {Q.shape} and {K.shape}")
+    if not isinstance(alpha, (int, float)):
+        _check_float("alpha", alpha)
+    xp = array_module(Q, K, V, alpha)
     alpha = xp.asarray(alpha, dtype=Q.dtype)
-    if alpha.ndim and (alpha.shape[-2:] != (1, 1) or alpha.ndim > Q.ndim):
-        raise ValueError(f"alpha must be a number or have shape (..., 1, 1), got {alpha.shape}")
-    if xp is np and not np.isfinite(alpha).all():
-        raise ValueError("alpha contains NaN or Inf")
-    np.broadcast_shapes(alpha.shape, Q.shape)
+    stretched = alpha.shape[-2:] == (1, 1) and alpha.ndim <= Q.ndim and all(
+        n in (1, m) for n, m in zip(alpha.shape[::-1], Q.shape[::-1])
+    )  # fmt: skip
+    if alpha.ndim and not stretched:
+        raise ValueError(
+            f"alpha must be a number or broadcast to {(*Q.shape[:-2], 1, 1)}, got {alpha.shape}"
+        )
+    _check_finite("alpha", alpha)
     return Q, K, V, xp.atleast_2d(alpha) / math.sqrt(Q.shape[-1])
 
 

@@ -7,16 +7,7 @@ import time
 
 import numpy as np
 
-
-def cpu_model():
-    """The processor's name."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                line.split(":")[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor()
+from report import cpu_model
 
 
 def about():

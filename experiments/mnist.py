@@ -1,0 +1,84 @@
+"""The main job for several seeds, one after the other: results/mnist.json and mnist.png.
+
+    python experiments/mnist.py --seeds 5 [options of train.py]
+
+Each run is `python train.py --seed N --out runs/mnist-seed-N`; runs that exist are not repeated.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+KEYS = ("test_accuracy", "validation_accuracy", "train_loss", "steps", "seconds",
+        "orthogonality_error", "max_S_norm", "parameters", "peak_memory_mb")  # fmt: skip
+ENVIRONMENT = ("date", "device", "threads", "processor", "python", "numpy", "git_commit")
+
+
+def run(seed, options):
+    """Trains with one seed, unless that was done; returns the run's folder."""
+    folder = ROOT / "runs" / f"mnist-seed-{seed}"
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "train.py", "--seed", str(seed), "--out", str(folder), *options]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return folder
+
+
+def draw(folders, path):
+    """Validation accuracy, ‖S‖₂ and orthogonality error of every seed against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = (("validation accuracy", "validation_accuracy"), ("max ‖S‖₂ over layers", "max_S_norm"),
+              ("max |AᵀA − I|", "orthogonality_error"))  # fmt: skip
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for folder in folders:
+        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for axis, (label, key) in zip(axes, panels):
+            steps = [float(row["step"]) for row in rows]
+            seed = folder.name.rsplit("-", 1)[1]
+            axis.plot(steps, [float(row[key]) for row in rows], lw=1, label=f"seed {seed}")
+            axis.set(xlabel="step", ylabel=label)
+            axis.grid(alpha=0.3)
+    axes[0].set_ylim(0.9, 1)
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    args, options = parser.parse_known_args()
+    folders = [run(seed, options) for seed in range(args.seeds)]
+    rows = [json.loads((f / "summary.json").read_text(encoding="utf-8")) for f in folders]
+    about = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
+    accuracy = [row["test_accuracy"] for row in rows]
+    result = {
+        "command": " ".join(["python experiments/mnist.py", *sys.argv[1:]]),
+        **{key: about[key] for key in ENVIRONMENT if key in about},
+        "test_accuracy_mean": statistics.mean(accuracy),
+        "test_accuracy_standard_deviation": statistics.stdev(accuracy)
+        if len(accuracy) > 1
+        else None,
+        "runs": [{"seed": i} | {key: row[key] for key in KEYS} for i, row in enumerate(rows)],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    (RESULTS / "mnist.json").write_text(text + "\n", encoding="utf-8")
+    draw(folders, RESULTS / "mnist.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
