@@ -86,9 +86,17 @@ def _one_line(error):
 
 
 def thread_count():
-    """The number of threads to use: OPENBLAS_NUM_THREADS (or OMP_NUM_THREADS), else all cores."""
-    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    return int(asked) if asked.isdigit() and int(asked) > 0 else os.cpu_count() or 1
+    """Threads for `parallel`: OSA_THREADS, else the cores that BLAS leaves idle.
+
+    BLAS takes all cores unless OPENBLAS_NUM_THREADS says otherwise.  For many small matrices
+    OPENBLAS_NUM_THREADS=1 is the better division of labour.
+    """
+    cores = os.cpu_count() or 1
+    asked = os.environ.get("OSA_THREADS", "")
+    blas = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return max(1, cores // int(blas)) if blas.isdecimal() and int(blas) > 0 else 1
 
 
 @functools.cache
@@ -96,19 +104,16 @@ def _pool(threads):
     return ThreadPoolExecutor(threads)
 
 
-def batch_parts(a, width, target=2**22):
-    """Slices of the first axis of a (..., N, n) that stay in a core's cache as they are worked on.
+def batch_parts(a, target=2**19):
+    """Slices of the first axis of a (..., N, n), of about `target` numbers each, for `parallel`.
 
-    Many small matrices gain twice: intermediate results of about `target` numbers per part never
-    leave the cache, and parts run side by side (`parallel`), for BLAS does not thread products this
-    small.  A large matrix, and any array on a GPU, is one part.  The parts depend on the shape
-    alone, so results do not depend on the number of threads.
+    They depend on the shape alone, so results do not depend on the number of threads.  Smaller
+    parts would not pay: Python gives its lock away and takes it back at every call of NumPy.
+    A single matrix, and any array on a GPU, is one part.
     """
-    one = max(a.shape[-2], width) * width * math.prod(a.shape[1:-2])
-    count = -(-a.shape[0] * one // target) if a.ndim > 2 else 1
-    if array_module(a) is not np or count < 2 or a.shape[-2] * width * width > 2**20:
+    if array_module(a) is not np or a.ndim < 3 or a.size < 2 * target:
         return [slice(None)]
-    size = -(-a.shape[0] // count)
+    size = -(-a.shape[0] // (a.size // target))
     return [slice(i, i + size) for i in range(0, a.shape[0], size)]
 
 

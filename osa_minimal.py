@@ -127,7 +127,9 @@ def chebyshev_coefficients(f, rho, tolerance):
     angle = math.pi * (np.arange(n) + 0.5) / n
     b = np.cos(np.outer(np.arange(n), angle)) @ f(1j * rho * np.cos(angle)) * (2 / n)
     b[0] /= 2
-    return tuple((b * (-1j) ** np.arange(n)).real.tolist())
+    a = (b * (-1j) ** np.arange(n)).real
+    terms = int(np.flatnonzero(abs(a) > tolerance / 2).max()) + 1  # φ₁ needs one or two fewer
+    return tuple(a[: max(terms, 2)].tolist())
 
 
 class Chebyshev:
@@ -270,7 +272,7 @@ def osa_backward(dO, saved):
     Raises ValueError for a dO of the wrong shape or dtype.
     """
     alpha, V, joint = saved
-    _check_float("dO", dO)
+    array_module(dO, V)  # TypeError for what is no array, or one of another device
     if dO.shape != V.shape or dO.dtype != V.dtype:
         raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
     _check_finite("dO", dO)
@@ -291,7 +293,7 @@ def forward_joint(F, s, d_v, route="auto"):
         O[part], saved = _forward(F[part], s_part, d_v, route)
         return saved
 
-    parts = ag.batch_parts(F, 4 * d_v)
+    parts = ag.batch_parts(F)
     return O, (parts, F, s, ag.parallel(forward_part, parts))
 
 
@@ -348,23 +350,27 @@ def _gram_norms(G, s, d_v):
         return size2, xp.sqrt(xp.maximum(rho2, 0))
 
 
-def _J(M):
-    """J M = [M_2; −M_1] for M (..., r, m)."""
-    h = M.shape[-2] // 2
-    return array_module(M).concatenate([M[..., h:, :], -M[..., :h, :]], axis=-2)
+def _J(M, s):
+    """s J M = [s M_2; −s M_1] for M (..., r, m)."""
+    h, out = M.shape[-2] // 2, array_module(M).empty_like(M)
+    array_module(M).multiply(M[..., h:, :], s, out=out[..., :h, :])
+    array_module(M).multiply(M[..., :h, :], -s, out=out[..., h:, :])
+    return out
 
 
-def _right_J(M):
-    """M J = [−M_2, M_1] for M (..., n, r)."""
-    h = M.shape[-1] // 2
-    return array_module(M).concatenate([-M[..., h:], M[..., :h]], axis=-1)
+def _right_J(M, s):
+    """s M J = [−s M_2, s M_1] for M (..., n, r)."""
+    h, out = M.shape[-1] // 2, array_module(M).empty_like(M)
+    array_module(M).multiply(M[..., h:], -s, out=out[..., :h])
+    array_module(M).multiply(M[..., :h], s, out=out[..., h:])
+    return out
 
 
 def _gram_forward(F, M, s, d_v, rho):
     r = 2 * d_v
     P, V, G, W = F[..., :r], F[..., r:], M[..., :r], M[..., r:]
-    small = Chebyshev(s * _right_J(G), W, rho, _phi1)  # y = φ₁(sGJ) W
-    O = P @ (s * _J(small.value))  # (N, r) x (r, m)
+    small = Chebyshev(_right_J(G, s), W, rho, _phi1)  # y = φ₁(sGJ) W
+    O = P @ _J(small.value, s)  # (N, r) x (r, m)
     O += V
     return O, Saved(F, s, d_v, small, G=G)
 
@@ -376,15 +382,15 @@ def _gram_backward(dO, saved, dF, ds):
     F, s, d_v, small = saved.F, saved.s, saved.d_v, saved.small
     r, xp = 2 * d_v, array_module(F)
     P = F[..., :r]
-    Jtg = -_J(_T(P) @ dO)  # (r, N) x (N, m)
-    Wbar, Zbar = small.adjoint(s * Jtg)
-    E = -_right_J(Zbar)  # Z̄Jᵀ
+    g = _T(P) @ dO  # (r, N) x (N, m)
+    Wbar, Zbar = small.adjoint(_J(g, -s))
+    E = _right_J(Zbar, -1)  # Z̄Jᵀ
     dP, dV = dF[..., :r], dF[..., r:]
     xp.matmul(P, Wbar, out=dV)
     dV += dO
     xp.matmul(F, xp.concatenate([s * (E + _T(E)), _T(Wbar)], axis=-2), out=dP)  # [P, V] [Ḡ+Ḡᵀ; W̄ᵀ]
-    dP += dO @ _T(s * _J(small.value))
-    ds[...] = _inner(Jtg, small.value) + _inner(E, saved.G)
+    dP += dO @ _T(_J(small.value, s))
+    ds[...] = _inner(_J(g, -1), small.value) + _inner(E, saved.G)
 
 
 def _inner(A, B):
@@ -422,7 +428,7 @@ def _basis_backward(dO, saved, dF, ds):
         H = B (L − Lᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
         dP = −s H R J,   dV = dO + B (exp(S̃)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩."""
     F, s, d_v, B, R, small = saved.F, saved.s, saved.d_v, saved.B, saved.R, saved.small
-    xp, r, RJ = array_module(F), 2 * d_v, _right_J(R)
+    xp, r, RJ = array_module(F), 2 * d_v, _right_J(R, 1)
     V = F[..., r:]
     g = dO if B is None else _T(B) @ dO
     expSt_g, L = small.adjoint(g)

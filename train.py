@@ -26,7 +26,7 @@ THREAD_VARIABLES = (
 
 if __name__ == "__main__":
     # One BLAS thread each for the threads of `Run.gradients`; read once, when NumPy is imported.
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    os.environ.update(dict.fromkeys((*THREAD_VARIABLES, "OSA_THREADS"), "1"))
 
 import numpy as np  # noqa: E402
 
@@ -341,7 +341,8 @@ class Run:
                 raise FloatingPointError(f"{name} contains NaN or Inf")
         progress = {k: getattr(self, k) for k in PROGRESS}
         path = self.args.data and os.path.abspath(self.args.data)
-        meta = {"config": dataclasses.asdict(self.config), "progress": progress, "data": path}
+        meta = {"config": dataclasses.asdict(self.config), "progress": progress, "data": path,
+                "threads": self.threads}  # fmt: skip
         checkpoint.save(folder / "checkpoint.npz", state, meta)
 
     def batch(self):
@@ -515,7 +516,9 @@ def main(arguments=None):
     if args.eval or args.resume:
         path = Path(args.eval) if args.eval else Path(args.resume) / "checkpoint.npz"
         config, *saved = load_checkpoint(path, given)
+        # The same data and, as sums are rounded in another order by more threads, as many of them.
         args.data = args.data or saved[1].get("data")
+        args.threads = args.threads or saved[1].get("threads")
     try:
         xp, device = ag.find_device(args.device)
     except RuntimeError as error:

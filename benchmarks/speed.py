@@ -36,8 +36,8 @@ def arguments():
 
 
 args = arguments()
-for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = str(args.threads)
+# NumPy gets its threads from the batch, with one BLAS thread each; PyTorch is told in `main`.
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OSA_THREADS": str(args.threads)}
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402

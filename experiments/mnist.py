@@ -36,13 +36,13 @@ def draw(folders, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = (("validation accuracy", "validation_accuracy"), ("max ‖S‖₂ over layers", "max_S_norm"),
-              ("max |AᵀA − I|", "orthogonality_error"))  # fmt: skip
+    panels = {"validation accuracy": "validation_accuracy", "max ‖S‖₂ over layers": "max_S_norm",
+              "max |AᵀA − I|": "orthogonality_error"}  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for folder in folders:
         with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        for axis, (label, key) in zip(axes, panels):
+        for axis, (label, key) in zip(axes, panels.items()):
             steps = [float(row["step"]) for row in rows]
             seed = folder.name.rsplit("-", 1)[1]
             axis.plot(steps, [float(row[key]) for row in rows], lw=1, label=f"seed {seed}")

@@ -1,6 +1,7 @@
 """One `xp` fixture: the same test bodies run on NumPy, on a refusing stand-in, and on CuPy."""
 
 import os
+from collections import Counter
 
 # Threads of OpenBLAS get in each other's way on matrices as small as these, on a busy machine
 # by a factor of a hundred.  Read when NumPy is first imported.
@@ -30,3 +31,10 @@ def xp(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line for each reason to skip, with the number of tests."""
+    reasons = Counter(str(r.longrepr[2]) for r in terminalreporter.stats.get("skipped", ()))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} tests: {reason}")
