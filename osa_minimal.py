@@ -221,10 +221,10 @@ def orthonormal_basis(M, method="qr", steps=30):
     return B
 
 
-GRAM_LIMIT = 30.0  # of (s‖QᵀQ‖^½ ‖KᵀK‖^½)² / max(1, ‖S‖): the gram route then loses < 5 bits
-RHO_MAX = (
-    64.0  # of ‖S‖: above it the spectrum is used, whose cost and accuracy do not depend on ‖S‖
-)
+# Limits of `auto`.  (s ‖QᵀQ‖_F^½ ‖KᵀK‖_F^½)² / max(1, ‖S‖): the gram route loses below 5 bits.
+GRAM_LIMIT = 30.0
+# ‖S‖: above it the small exponential is spectral, with cost and accuracy independent of ‖S‖.
+RHO_MAX = 64.0
 
 
 class Saved(NamedTuple):
