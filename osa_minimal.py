@@ -73,8 +73,9 @@ def frechet_skew(S, E):
 
 
 def skew_eigh(S):
-    """λ (..., n) and U (..., n, n) with iS = U diag(λ) Uᴴ."""
-    return array_module(S).linalg.eigh(1j * S)
+    """λ (..., n) ascending and U (..., n, n) with iS = U diag(λ) Uᴴ."""
+    lam, U = array_module(S).linalg.eigh(1j * S)
+    return (lam - lam[..., ::-1]) / 2, U  # ±θ exactly in pairs, so that exp(S) is real at any ‖S‖
 
 
 def _H(U):
@@ -404,7 +405,8 @@ def _basis_forward(F, B, s, d_v, spectral=False):
     R, b = BtF[..., :r], BtF[..., r:]
     U = _unscaled_scores(R)
     S = s * U  # S̃ = BᵀSB
-    rho = float(array_module(F).sqrt(_inner(S, S) / 2).max())
+    S64 = S.astype(np.float64)  # squares of float32 could overflow
+    rho = math.sqrt(float(_inner(S64, S64).max()) / 2)  # ‖S‖_F/√2 ≥ ‖S‖₂
     if not math.isfinite(rho):
         raise FloatingPointError("S contains NaN or Inf")
     if spectral or rho > RHO_MAX:
