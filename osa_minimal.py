@@ -240,6 +240,7 @@ class Saved(NamedTuple):
     U: object = None  # basis routes: R J Rᵀ = S̃/s (..., k, k)
     rho: float = None  # basis routes: ‖S‖_F/√2, maximum over the batch
     G: object = None  # gram route: PᵀP (..., r, r)
+    Jy: object = None  # gram route: J φ₁(sGJ) PᵀV (..., r, m)
 
 
 def osa_forward(Q, K, V, alpha, route="auto"):
@@ -351,47 +352,43 @@ def _gram_norms(G, s, d_v):
         return size2, xp.sqrt(xp.maximum(rho2, 0))
 
 
-def _J(M, s):
-    """s J M = [s M_2; −s M_1] for M (..., r, m)."""
-    h, out = M.shape[-2] // 2, array_module(M).empty_like(M)
-    array_module(M).multiply(M[..., h:, :], s, out=out[..., :h, :])
-    array_module(M).multiply(M[..., :h, :], -s, out=out[..., h:, :])
-    return out
-
-
-def _right_J(M, s):
-    """s M J = [−s M_2, s M_1] for M (..., n, r)."""
-    h, out = M.shape[-1] // 2, array_module(M).empty_like(M)
-    array_module(M).multiply(M[..., h:], -s, out=out[..., :h])
-    array_module(M).multiply(M[..., :h], s, out=out[..., h:])
-    return out
+def _symplectic(P):
+    """J = [[0, I], [−I, 0]] (r, r) for P (..., N, r)."""
+    xp, h = array_module(P), P.shape[-1] // 2
+    I, O = xp.eye(h, dtype=P.dtype), xp.zeros((h, h), P.dtype)
+    return xp.concatenate([xp.concatenate([O, I], axis=1), xp.concatenate([-I, O], axis=1)])
 
 
 def _gram_forward(F, M, s, d_v, rho):
-    r = 2 * d_v
-    P, V, G, W = F[..., :r], F[..., r:], M[..., :r], M[..., r:]
-    small = Chebyshev(_right_J(G, s), W, rho, _phi1)  # y = φ₁(sGJ) W
-    O = P @ _J(small.value, s)  # (N, r) x (r, m)
-    O += V
-    return O, Saved(F, s, d_v, small, G=G)
+    r, xp = 2 * d_v, array_module(F)
+    G, W, J = M[..., :r], M[..., r:], _symplectic(F[..., :r])
+    small = Chebyshev(s * (G @ J), W, rho, _phi1)  # y = φ₁(sGJ) W
+    Jy = J @ small.value
+    # O = V + P sJy as one product, [P, V] [sJy; I]: adding V is a pass over memory otherwise.
+    X = xp.empty((*F.shape[:-2], F.shape[-1], F.shape[-1] - r), F.dtype)
+    X[..., :r, :] = s * Jy
+    X[..., r:, :] = xp.eye(X.shape[-1], dtype=F.dtype)
+    return F @ X, Saved(F, s, d_v, small, G=G, Jy=Jy)
 
 
 def _gram_backward(dO, saved, dF, ds):
     """With W = PᵀV, Z = sGJ, y = φ₁(Z)W the output is O = V + P sJy.  For g = PᵀdO and h = sJᵀg the
     series gives W̄ = φ₁(Zᵀ)h and Z̄; then Ḡ = s Z̄Jᵀ and
-        dV = dO + P W̄,   dP = dO (sJy)ᵀ + V W̄ᵀ + P (Ḡ + Ḡᵀ),   ds = ⟨Jᵀg, y⟩ + ⟨Z̄Jᵀ, G⟩."""
-    F, s, d_v, small = saved.F, saved.s, saved.d_v, saved.small
-    r, xp = 2 * d_v, array_module(F)
-    P = F[..., :r]
+        dP = P (Ḡ + Ḡᵀ) + V W̄ᵀ + dO (sJy)ᵀ,   dV = P W̄ + dO,   ds = ⟨g, Jy⟩ + ⟨Z̄Jᵀ, G⟩."""
+    F, s, small, Jy = saved.F, saved.s, saved.small, saved.Jy
+    r, xp = 2 * saved.d_v, array_module(F)
+    P, J = F[..., :r], _symplectic(F[..., :r])
     g = _T(P) @ dO  # (r, N) x (N, m)
-    Wbar, Zbar = small.adjoint(_J(g, -s))
-    E = _right_J(Zbar, -1)  # Z̄Jᵀ
-    dP, dV = dF[..., :r], dF[..., r:]
-    xp.matmul(P, Wbar, out=dV)
-    dV += dO
-    xp.matmul(F, xp.concatenate([s * (E + _T(E)), _T(Wbar)], axis=-2), out=dP)  # [P, V] [Ḡ+Ḡᵀ; W̄ᵀ]
-    dP += dO @ _T(_J(small.value, s))
-    ds[...] = _inner(_J(g, -1), small.value) + _inner(E, saved.G)
+    Wbar, Zbar = small.adjoint(-s * (J @ g))
+    E = Zbar @ _T(J)  # Ḡ/s
+    # [dP, dV] = [P, V, dO] X, one product again.
+    w, m = F.shape[-1], dO.shape[-1]
+    X = xp.zeros((*F.shape[:-2], w + m, w), F.dtype)
+    X[..., :r, :r], X[..., :r, r:] = s * (E + _T(E)), Wbar
+    X[..., r:w, :r] = _T(Wbar)
+    X[..., w:, :r], X[..., w:, r:] = _T(s * Jy), xp.eye(m, dtype=F.dtype)
+    xp.matmul(xp.concatenate([F, dO], axis=-1), X, out=dF)
+    ds[...] = _inner(g, Jy) + _inner(E, saved.G)
 
 
 def _inner(A, B):
@@ -430,7 +427,7 @@ def _basis_backward(dO, saved, dF, ds):
         H = B (L − Lᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
         dP = −s H R J,   dV = dO + B (exp(S̃)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩."""
     F, s, d_v, B, R, small = saved.F, saved.s, saved.d_v, saved.B, saved.R, saved.small
-    xp, r, RJ = array_module(F), 2 * d_v, _right_J(R, 1)
+    xp, r, RJ = array_module(F), 2 * d_v, R @ _symplectic(R)
     V = F[..., r:]
     g = dO if B is None else _T(B) @ dO
     expSt_g, L = small.adjoint(g)
