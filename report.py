@@ -95,6 +95,7 @@ def draw_curves(rows, path):
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step")
+    axes[1, 1].set_ylim(1e-8, 1e-4)  # from rounding, float32's eps = 1.2e-7, to what one could see
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

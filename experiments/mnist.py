@@ -49,7 +49,7 @@ def draw(folders, path):
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.3)
     axes[0].set_ylim(0.9, 1)
-    axes[2].set_yscale("log")
+    axes[2].set(yscale="log", ylim=(1e-8, 1e-4))  # around float32's eps = 1.2e-7
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
