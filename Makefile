@@ -7,10 +7,10 @@ BIN := .venv/bin
 RUFF := ruff==0.17.5
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench accuracy lint clean
+.PHONY: help setup train test notebooks experiments bench accuracy lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/setup.stamp  ## create .venv and install requirements.txt
 
@@ -19,6 +19,12 @@ train: .venv/setup.stamp  ## train on the bundled MNIST; ARGS="--preset tiny" ta
 
 test: .venv/setup.stamp  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+notebooks: .venv/setup.stamp  ## execute every notebook and check it
+	$(BIN)/python -m pytest tests/test_notebooks.py $(ARGS)
+
+experiments: .venv/setup.stamp  ## train five seeds of the default preset (fifteen minutes)
+	$(BIN)/python experiments/mnist.py --seeds 5 $(ARGS)
 
 bench: .venv/bench.stamp  ## measure speed and memory against dense NumPy and PyTorch
 	$(BIN)/python benchmarks/speed.py $(ARGS)
