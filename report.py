@@ -50,8 +50,10 @@ class Log:
         line = (
             f"step {run.step}/{run.steps}  loss {loss:.4f}  accuracy {train:.2%} train "
             f"{validation:.2%} validation  {run.batch_size / per_step:,.0f} images/s  "
-            f"{per_step * (run.steps - run.step):.0f} s left  max ‖S‖₂ {s_norm:.2f}"
+            f"{per_step * (run.steps - run.step):.0f} s left"
         )
+        if run.measures:
+            line += f"  max ‖S‖₂ {s_norm:.2f}"
         print(
             f"\r\033[K{line}" if self.terminal else line,
             end="" if self.terminal else "\n",

@@ -239,9 +239,11 @@ def make_optimizers(config, parameters):
     return groups
 
 
-def accuracy(model, images, labels, standardise, batch=500):
+def accuracy(model, images, labels, standardise):
     """Share of `images` (uint8) classified as `labels`, and the mean cross-entropy."""
     right, loss = 0, 0.0
+    tokens = images[0].size // model.patch**2
+    batch = max(1, 8192 // tokens)
     with ag.no_grad():
         for i in range(0, len(labels), batch):
             y = labels[i : i + batch]
@@ -513,8 +515,14 @@ def export(path, run):
 def main(arguments=None):
     config, args, given = parse(arguments)
     saved = None
+    if args.export:
+        check_writable(args.export)
     if args.eval or args.resume:
-        path = Path(args.eval) if args.eval else Path(args.resume) / "checkpoint.npz"
+        path = Path(args.eval or args.resume)
+        if args.resume and path.name == "checkpoint.npz":
+            args.resume = path = path.parent
+        if args.resume or path.is_dir():
+            path = path / "checkpoint.npz"
         config, *saved = load_checkpoint(path, given)
         # The same data and, as sums are rounded in another order by more threads, as many of them.
         args.data = args.data or saved[1].get("data")
@@ -533,8 +541,6 @@ def main(arguments=None):
             export(args.export, run)
         return 0
 
-    if args.export:
-        check_writable(args.export)
     folder = Path(args.resume) if args.resume else new_folder(args, config)
     count = sum(p.size for p in run.parameters.values())
     print(f"{config.attention}, {config.depth} layers, {count:,} parameters, {run.steps:,} steps")
@@ -550,13 +556,12 @@ def main(arguments=None):
             f"{name}: stopped after step {run.step}; go on with --resume {folder}", file=sys.stderr
         )
         return 128 + stop.signal
+    print(f"trained for {run.seconds:.0f} s; testing on {len(run.y_test):,} images")
     summary = summarise(run, folder)
     if args.export:
         export(args.export, run)
-    print(
-        f"test accuracy {summary['test_accuracy']:.2%} after {summary['seconds']:.0f} s of training"
-    )
-    print(f"files: {', '.join(sorted(str(p) for p in folder.iterdir()))}")
+    print(f"test accuracy {summary['test_accuracy']:.2%}")
+    print(f"files in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     return 0
 
 

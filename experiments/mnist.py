@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 KEYS = ("test_accuracy", "validation_accuracy", "train_loss", "steps", "seconds",
         "orthogonality_error", "max_S_norm", "parameters", "peak_memory_mb")  # fmt: skip
-ENVIRONMENT = ("date", "device", "threads", "processor", "python", "numpy", "git_commit")
+ENVIRONMENT = ("date", "device", "threads", "processor", "system", "python", "numpy", "git_commit")
 
 
 def run(seed, options):
@@ -66,7 +66,7 @@ def main():
     accuracy = [row["test_accuracy"] for row in rows]
     result = {
         "command": " ".join(["python experiments/mnist.py", *sys.argv[1:]]),
-        **{key: about[key] for key in ENVIRONMENT if key in about},
+        **{key: about[key] for key in ENVIRONMENT},
         "test_accuracy_mean": statistics.mean(accuracy),
         "test_accuracy_standard_deviation": statistics.stdev(accuracy)
         if len(accuracy) > 1
