@@ -54,7 +54,7 @@ class AdamW:
 
 
 def orthogonalise(M, steps=5):
-    """The orthogonal polar factor of M (..., n, m), roughly: all singular values in 0.7 … 1.2.
+    """The orthogonal polar factor of M (..., n, m), roughly: most singular values in 0.7 … 1.2.
 
     Muon's quintic Newton–Schulz iteration (Jordan et al., 2024): fast from any starting point, but
     it never settles at 1, so it serves for update directions, not for a basis.
@@ -86,8 +86,8 @@ class Muon:
     """Momentum whose update is orthogonalised, kept on the (semi-)orthogonal matrices.
 
     W ← retract(W − lr · orthogonalise(momentum)): every weight starts orthogonal and stays so, and
-    lr is the angle in radians by which a step can turn it.  Matrices of one shape are updated as
-    one batch.
+    lr is about the angle in radians by which a step can turn it.  Matrices of one shape are updated
+    as one batch.
     """
 
     def __init__(self, parameters, momentum=0.95, retraction=True):

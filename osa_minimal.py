@@ -118,7 +118,8 @@ def chebyshev_coefficients(f, rho, tolerance):
     """Real a_k with f(iρt) = Σ_k a_k iᵏ T_k(t) for t in [−1, 1], to an error of about `tolerance`.
 
     f: exp or φ₁; rho: ρ > 0.  For exp, a_k = 2 J_k(ρ) (a_0 = J_0), at most 2 (ρ/2)ᵏ/k!, and φ₁ has
-    smaller ones: about ρ + 10 terms and no cancellation, where Taylor's terms grow to e^ρ first.
+    smaller ones: some ρ + 10 terms for small ρ, 1.4 ρ for large, and no cancellation, where the
+    terms of Taylor's series grow to e^ρ first.
     The a_k come from interpolation at as many Chebyshev points.
     """
     n, log_bound = 1, math.log(2)
@@ -222,8 +223,8 @@ def orthonormal_basis(M, method="qr", steps=30):
     return B
 
 
-# Limits of `auto`.  (s ‖QᵀQ‖_F^½ ‖KᵀK‖_F^½)² / max(1, ‖S‖): the gram route loses below 5 bits.
-GRAM_LIMIT = 30.0
+# Limits of `auto`.  Estimated error of the gram route / (eps max(1, ‖S‖)); see `_gram_norms`.
+GRAM_LIMIT = 8.0
 # ‖S‖: above it the small exponential is spectral, with cost and accuracy independent of ‖S‖.
 RHO_MAX = 64.0
 
@@ -253,11 +254,14 @@ def osa_forward(Q, K, V, alpha, route="auto"):
            "newton_schulz"  the same, with the basis by Newton–Schulz
            "gram"           no basis: O = V + P Φ (PᵀV), Φ = sJ φ₁(sGJ), G = PᵀP
            "auto"           N ≤ 2 d_v: B = I, since S itself is the small matrix; otherwise "gram"
-                            where its rounding error, about eps (s ‖QᵀQ‖_F^½ ‖KᵀK‖_F^½)², is
-                            harmless, and "qr" where not (nearly parallel tokens, large ‖S‖).
+                            where its rounding error, about eps s² ‖QᵀQ‖ ‖KᵀK‖, is harmless,
+                            and "qr" where not (nearly parallel tokens, one dominant token,
+                            large ‖S‖).  No route is better than eps s ‖Q‖₂ ‖K‖₂: where K ≈ Q
+                            cancels in S itself, digits of S are lost before anything is computed.
     To pad, zero rows of Q and K: those rows of A are the identity's, on every route.
-    Returns (O, saved).  Raises ValueError or TypeError naming the argument at fault; ValueError for
-    NaN or Inf.  Source: Theorem 2.1 for "qr" and "newton_schulz"; "gram" and "auto" are ours.
+    Returns (O, saved).  Raises ValueError or TypeError naming the argument at fault, ValueError for
+    NaN or Inf, FloatingPointError where S overflows.
+    Source: Theorem 2.1 for "qr" and "newton_schulz"; "gram" and "auto" are ours.
     """
     Q, K, V, s = _checked(Q, K, V, alpha)
     # One array for [Q, K, V], so that PᵀP and PᵀV are one matrix product.
@@ -316,13 +320,15 @@ def backward_joint(dO, saved):
 def _forward(F, s, d_v, route):
     xp, N, r = array_module(F), F.shape[-2], 2 * d_v
     if route == "gram" or (route == "auto" and N > r):
-        M = _T(F[..., :r]) @ F  # (r, N) x (N, r + m) -> [G, PᵀV]
-        size2, rho = _gram_norms(M[..., :r], s, d_v)
-        if route == "gram" or bool((size2 <= GRAM_LIMIT * xp.maximum(rho, 1)).all()):
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is left to "qr"
+            M = _T(F[..., :r]) @ F  # (r, N) x (N, r + m) -> [G, PᵀV]
+            error, rho = _gram_norms(F[..., :r], M[..., :r], s, d_v)
+            safe = (error <= GRAM_LIMIT * xp.maximum(rho, 1)).all() & xp.isfinite(M).all()
+        if route == "gram" or bool(safe):
             rho = float(rho.max())
-            if route == "gram" and not rho <= 1e4:
+            if route == "gram" and not rho <= 2e3:
                 raise ValueError(
-                    f"route 'gram' needs ‖S‖ ≤ 1e4, got {rho:.1e}; 'auto' has no limit"
+                    f"route 'gram' needs ‖S‖ ≤ 2e3, got {rho:.1e}; 'auto' has no limit"
                 )
             if rho <= RHO_MAX or route == "gram":
                 return _gram_forward(F, M, s, d_v, rho)
@@ -333,23 +339,30 @@ def _forward(F, s, d_v, route):
     return _basis_forward(F, B, s, d_v, spectral=route == "dense")
 
 
-def _gram_norms(G, s, d_v):
-    """(s ‖QᵀQ‖_F^½ ‖KᵀK‖_F^½)² and the bound ‖S‖_F/√2 ≥ ‖S‖₂, each (...), from G = PᵀP.
+def _gram_norms(P, G, s, d_v):
+    """Error of the gram route in units of eps, and ‖S‖_F/√2 ≥ ‖S‖₂, each (...), from G = PᵀP.
 
+    The error of QᵀQ meets KᵀK in S² and is s² ‖QᵀQ‖ ‖KᵀK‖ eps (row-sum norms: nothing is squared
+    that could underflow).  Where one token outweighs all others, the sums over N lose the others'
+    last digits; the factor peak/4 > 1, peak = max_i ‖q_i‖²/mean_i ‖q_i‖², stands for that.
     ‖S‖_F² = s² ‖QKᵀ − KQᵀ‖_F² = 2 s² (⟨QᵀQ, KᵀK⟩ − ⟨QᵀK, (QᵀK)ᵀ⟩), and the eigenvalues of S come
     in pairs ±iθ.
     """
     xp = array_module(G)
+    Q, K = P[..., :d_v], P[..., d_v:]
     QQ, QK, KK = G[..., :d_v, :d_v], G[..., :d_v, d_v:], G[..., d_v:, d_v:]
 
     def dot(A, B):
         return xp.einsum("...ij,...ij->...", A, B)
 
-    s2 = (s * s)[..., 0, 0]
-    with np.errstate(over="ignore", invalid="ignore"):
-        size2 = s2 * xp.sqrt(dot(QQ, QQ) * dot(KK, KK))
-        rho2 = s2 * (dot(QQ, KK) - dot(QK, _T(QK)))
-        return size2, xp.sqrt(xp.maximum(rho2, 0))
+    def size(A, AtA):
+        rows = xp.einsum("...ij,...ij->...i", A, A)
+        tiny = float(np.finfo(A.dtype).tiny)
+        peak = rows.max(axis=-1) / xp.maximum(rows.mean(axis=-1), tiny)
+        return abs(s[..., 0, 0]) * abs(AtA).sum(axis=-1).max(axis=-1) * xp.maximum(peak / 4, 1)
+
+    rho2 = (s * s)[..., 0, 0] * (dot(QQ, KK) - dot(QK, _T(QK)))
+    return size(Q, QQ) * size(K, KK), xp.sqrt(xp.maximum(rho2, 0))
 
 
 def _symplectic(P):
@@ -400,12 +413,13 @@ def _basis_forward(F, B, s, d_v, spectral=False):
     r = 2 * d_v
     BtF = F if B is None else _T(B) @ F  # (k, N) x (N, r + m) -> [R, b]
     R, b = BtF[..., :r], BtF[..., r:]
-    U = _unscaled_scores(R)
-    S = s * U  # S̃ = BᵀSB
-    S64 = S.astype(np.float64)  # squares of float32 could overflow
-    rho = math.sqrt(float(_inner(S64, S64).max()) / 2)  # ‖S‖_F/√2 ≥ ‖S‖₂
+    with np.errstate(over="ignore", invalid="ignore"):
+        U = _unscaled_scores(R)
+        S = s * U  # S̃ = BᵀSB
+        S64 = S.astype(np.float64)  # squares of float32 could overflow
+        rho = math.sqrt(float(_inner(S64, S64).max()) / 2)  # ‖S‖_F/√2 ≥ ‖S‖₂
     if not math.isfinite(rho):
-        raise FloatingPointError("S contains NaN or Inf")
+        raise FloatingPointError(f"S = (α/√d_v)(QKᵀ − KQᵀ) overflows {S.dtype}")
     if spectral or rho > RHO_MAX:
         small = Spectral(S, b)
     else:
@@ -549,10 +563,14 @@ def init_mosa(d, heads, rng, alpha=0.1, dtype=np.float32):
 def calibrate_alpha(Q, K, target):
     """α (heads, 1, 1) for which the largest ‖S‖₂ over a batch is `target` in every head.
 
-    Q, K: (batch, heads, N, d_v).  ‖S‖₂ is proportional to α.  A head with S = 0 gets α = target.
+    Q, K: (batch, heads, N, d_v).  ‖S‖₂ is proportional to α.  A head with S = 0 to rounding gets
+    α = target.
     """
+    xp = array_module(Q, K)
     norm = rotation_angles(Q, K, 1.0)[..., 0].max(axis=0)[:, None, None]  # (heads, 1, 1)
-    return target / array_module(Q).where(norm == 0, 1, norm).astype(Q.dtype)
+    size = xp.sqrt(_inner(Q, Q) * _inner(K, K) / Q.shape[-1]).max(axis=0)  # ‖Q‖_F ‖K‖_F/√d_v
+    nothing = norm <= 8 * float(np.finfo(Q.dtype).eps) * size
+    return target / xp.where(nothing, 1, norm).astype(Q.dtype)
 
 
 def tailored_slope(depth, eta):

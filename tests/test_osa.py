@@ -825,3 +825,28 @@ def test_other_memory_layouts_give_the_same_result(route):
     tol = tolerance(Q, K, alpha)
     close(loose[0], tight[0], tol)
     gradients_close(loose[1:], tight[1:], gradient_sizes(Q, K, V, alpha, dO), tol)
+
+
+@pytest.mark.parametrize("N, alpha", [(50, 5.0), (200, 1.0), (1000, 3.0)])
+def test_auto_stays_orthogonal_where_one_token_outweighs_all_others(N, alpha):
+    # Sums over N in float32 lose the small tokens behind the large one: G is wrong by N eps.
+    q = np.full((N, 1), 3e-4, np.float32)
+    k = q.copy()
+    q[0] = k[0] = 1
+    k[1::2] *= -1
+    A = osa.attention_matrix(q, k, alpha).astype(np.float64)
+    assert abs(A.T @ A - np.eye(N)).max() < 20 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("alpha", [1e13, 1e15])
+def test_auto_is_not_fooled_by_norms_whose_squares_underflow(alpha, rng):
+    q = (1 + 1e-3 * rng.standard_normal((9, 3))).astype(np.float32)
+    k = (1e-12 * (1 + 1e-3 * rng.standard_normal((9, 3)))).astype(np.float32)
+    A = osa.attention_matrix(q, k, alpha).astype(np.float64)
+    assert abs(A.T @ A - np.eye(9)).max() < 20 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_calibration_of_equal_queries_and_keys_is_not_that_of_rounding_noise(dtype, rng):
+    q = rng.standard_normal((2, 3, 9, 4)).astype(dtype)
+    assert np.allclose(osa.calibrate_alpha(q, q.copy(), 0.1), 0.1)
