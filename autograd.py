@@ -189,8 +189,14 @@ class Tensor:
             if self.size != 1:
                 raise ValueError(f"backward() needs a gradient for a tensor of shape {self.shape}")
             grad = xp.ones_like(self.data)
-        if grad.shape != self.shape:
-            raise ValueError(f"grad has shape {grad.shape}, the tensor {self.shape}")
+        if isinstance(grad, Tensor):
+            raise TypeError("grad must be an array, not a Tensor")
+        array_module(self.data, grad)  # TypeError for what is no array
+        if grad.shape != self.shape or grad.dtype != self.dtype:
+            raise ValueError(
+                f"grad has shape {grad.shape} and dtype {grad.dtype}, "
+                f"the tensor {self.shape} and {self.dtype}"
+            )
 
         grads = {id(self): grad}
         for node in reversed(topological_order(self)):
@@ -329,7 +335,7 @@ def _tensors(*args):
     """Tensors of one module; Python scalars take the dtype of the arrays beside them."""
     arrays = [a.data if isinstance(a, Tensor) else a for a in args]
     xp = array_module(*arrays)
-    dtype = next((a.dtype for a in arrays if hasattr(a, "dtype")), None)
+    dtype = next((a.dtype for a in arrays if hasattr(a, "dtype") and a.dtype.kind == "f"), None)
     return [
         a
         if isinstance(a, Tensor)
@@ -545,10 +551,21 @@ def cross_entropy(logits, labels):
     """Mean cross-entropy of (B, C) logits against (B,) integer labels; VJP: (p − onehot) / B."""
     (logits,) = _tensors(logits)
     xp = array_module(logits, labels)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype.kind not in "iu":
+    if isinstance(labels, Tensor):
+        raise TypeError("labels must be an array, not a Tensor")
+    if (
+        logits.size == 0
+        or logits.ndim != 2
+        or labels.shape != logits.shape[:1]
+        or labels.dtype.kind not in "iu"
+    ):
         raise ValueError(
             "cross_entropy needs (B, C) logits and (B,) integer labels, "
             f"got {logits.shape} and {labels.dtype} {labels.shape}"
+        )
+    if xp is np and not 0 <= labels.min() <= labels.max() < logits.shape[1]:  # no wait on a GPU
+        raise ValueError(
+            f"labels must be in 0 … {logits.shape[1] - 1}, got {labels.min()} … {labels.max()}"
         )
     onehot = labels[:, None] == xp.arange(logits.shape[1])
     z = logits.data - logits.data.max(axis=-1, keepdims=True)
@@ -599,5 +616,8 @@ def gradient_check(f, *arrays, rng=None, step=None, directions=3):
             # nor invent one.
             scale = math.fsum(float(abs(g * d).sum()) for g, d in pairs)
             scale = max(scale, float(abs(G * (up - down)).sum()) / (2 * h), 1e-300)
-            worst = max(worst, abs(analytic - numeric) / scale)
+            error = abs(analytic - numeric) / scale
+            if not math.isfinite(error):
+                return math.inf  # NaN compares false with everything, also with a tolerance
+            worst = max(worst, error)
     return worst

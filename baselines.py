@@ -143,6 +143,8 @@ class Transformer(SkiplessTransformer):
     """
 
     def __init__(self, *, attention="osa", skip=False, norm=False, xp=np, dtype=np.float32, **kw):
+        if attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
         self.Attention, self.skip, self.norm = ATTENTION[attention], skip, norm
         super().__init__(xp=xp, dtype=dtype, **kw)
         if norm:

@@ -101,6 +101,8 @@ def statistics(x):
 
     Computed exactly from the histogram.  Raises DataError if all pixels are equal.
     """
+    if x.dtype != np.uint8:
+        raise DataError(f"images must be uint8, got {x.dtype}")
     counts = np.zeros(256, np.int64)
     for start in range(0, len(x), 4096):  # bincount widens its argument to 8 bytes
         counts += np.bincount(x[start : start + 4096].ravel(), minlength=256)
@@ -116,6 +118,8 @@ def standardise(x, mean, std):
     """(x/255 − mean)/std in float32, for uint8 images x of any shape, NumPy or CuPy."""
     if x.dtype != np.uint8:
         raise DataError(f"images must be uint8, got {x.dtype}")
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise DataError(f"mean and std must be finite, and std positive, got {mean} and {std}")
     out = x.astype(np.float32)
     out *= 1 / (255 * std)
     out -= mean / std

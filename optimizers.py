@@ -12,7 +12,8 @@ def schedule(step, steps, warmup):
     """The factor on the learning rate: linear warm-up to 1, then half a cosine down to 0."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    done = min(1, (step - warmup) / max(1, steps - warmup))
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def gradient_norm(parameters):
@@ -50,7 +51,7 @@ class AdamW:
             m += (1 - b1) * (g - m)
             v += (1 - b2) * (g * g - v)
             update = (m / (1 - b1**t)) / (array_module(v).sqrt(v / (1 - b2**t)) + self.eps)
-            p.data -= lr * (update + self.weight_decay * p.data)
+            p.data = p.data - lr * (update + self.weight_decay * p.data)  # not the caller's array
 
 
 def orthogonalise(M, steps=5):

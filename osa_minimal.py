@@ -74,6 +74,11 @@ def frechet_skew(S, E):
 
 def skew_eigh(S):
     """λ (..., n) ascending and U (..., n, n) with iS = U diag(λ) Uᴴ."""
+    _check_float("S", S, min_ndim=2)
+    _check_finite("S", S)
+    rounding = 8 * S.shape[-1] * float(np.finfo(S.dtype).eps)
+    if array_module(S) is np and S.size and abs(S + _T(S)).max() > rounding * abs(S).max():
+        raise ValueError("S is not skew-symmetric")
     lam, U = array_module(S).linalg.eigh(1j * S)
     return (lam - lam[..., ::-1]) / 2, U  # ±θ exactly in pairs, so that exp(S) is real at any ‖S‖
 
@@ -531,6 +536,8 @@ def _checked(Q, K, V, alpha):
 
 def random_orthogonal(n, m, rng, dtype=np.float32):
     """A Haar-random n × m matrix with orthonormal columns (n ≥ m) or rows (n < m), NumPy."""
+    if n < 1 or m < 1 or np.dtype(dtype) not in (np.float32, np.float64):
+        raise ValueError(f"n and m must be positive, dtype float32 or float64: {n}, {m}, {dtype}")
     if n < m:
         return np.ascontiguousarray(random_orthogonal(m, n, rng, dtype).T)
     B, R = np.linalg.qr(rng.standard_normal((n, m)))
@@ -676,7 +683,7 @@ class MLP:
 def patchify(images, patch):
     """(B, H, W) images -> (B, N, patch²) tokens, row by row; N = H W / patch²."""
     B, H, W = images.shape
-    if H % patch or W % patch:
+    if patch < 1 or H % patch or W % patch:
         raise ValueError(f"patch must divide the image: patch {patch}, image {H} x {W}")
     tiles = images.reshape(B, H // patch, patch, W // patch, patch).transpose(0, 1, 3, 2, 4)
     return tiles.reshape(B, -1, patch * patch)
@@ -695,7 +702,7 @@ class SkiplessTransformer:
         self, *, d, heads, depth, patch, image, classes, mlp_ratio, eta, rng, xp=np,
         dtype=np.float32,
     ):  # fmt: skip
-        if image % patch:
+        if patch < 1 or image < 1 or image % patch:
             raise ValueError(f"patch must divide the image: patch {patch}, image {image} x {image}")
         self.patch, N = patch, (image // patch) ** 2
         slope = tailored_slope(depth, eta)

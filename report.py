@@ -1,5 +1,6 @@
 """What a training run leaves for people to read: metrics.csv, the progress line, curves.png."""
 
+import contextlib
 import csv
 import json
 import math
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+import checkpoint
+
 
 class Log:
     """metrics.csv, one row per logging step, and the progress line."""
@@ -23,10 +26,25 @@ class Log:
         self.run, self.path = run, folder / "metrics.csv"
         rows = read_metrics(self.path) if self.path.exists() else []
         rows = [row for row in rows if float(row["step"]) <= run.step]  # later ones will be redone
-        self.file = open(self.path, "w", newline="", encoding="utf-8")
+        # The old rows go to a new file that then takes the name, so that a full disk loses none.
+        new = self.path.with_name("metrics.csv.tmp")
+        self.file = open(new, "w", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
+        try:
+            self.writer.writeheader()
+            self.writer.writerows(rows)
+            self.file.flush()
+            if os.name == "nt":  # an open file cannot be renamed there
+                self.file.close()
+            os.replace(new, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            new.unlink(missing_ok=True)
+            raise
+        if self.file.closed:
+            self.file = open(self.path, "a", newline="", encoding="utf-8")
+            self.writer = csv.DictWriter(self.file, self.COLUMNS)
         self.first_step, self.first_seconds = run.step, run.seconds
         self.terminal = sys.stdout.isatty()
         self.clear()
@@ -69,8 +87,24 @@ class Log:
 
 def read_metrics(path):
     """The rows of a metrics.csv, dicts of strings."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    expected = "the metrics.csv of a run; move it away to go on without the earlier rows"
+    with checkpoint.reading(path, checkpoint.CheckpointError, expected):
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # the computer stopped while it was written
+        reader = csv.DictReader(lines)
+        rows = list(reader)
+        if lines and reader.fieldnames != list(Log.COLUMNS):
+            raise ValueError("the first line does not name the columns")
+        for row in rows:
+            if set(row) != set(Log.COLUMNS) or None in row.values():
+                raise ValueError(
+                    f"the row of step {row['step']} has not {len(Log.COLUMNS)} numbers"
+                )
+            for value in row.values():
+                float(value)
+    return rows
 
 
 def draw_curves(rows, path):
@@ -93,7 +127,8 @@ def draw_curves(rows, path):
             if any(math.isfinite(v) for v in columns[key]):
                 axis.plot(columns["step"], columns[key], style, label=name)
                 axis.legend()
-        axis.set(ylabel=label, yscale=scale)
+        positive = any(v > 0 for key in lines.values() for v in columns[key])
+        axis.set(ylabel=label, yscale=scale if positive else "linear")
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step")
@@ -113,7 +148,11 @@ def peak_memory():
 
 
 def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(content, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+        errors="backslashreplace",
+    )  # a path that is not UTF-8
 
 
 def cpu_model():

@@ -10,6 +10,7 @@ Every run writes a folder with config.json, metrics.csv, summary.json, checkpoin
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -17,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +29,8 @@ THREAD_VARIABLES = (
 if __name__ == "__main__":
     # One BLAS thread each for the threads of `Run.gradients`; read once, when NumPy is imported.
     os.environ.update(dict.fromkeys((*THREAD_VARIABLES, "OSA_THREADS"), "1"))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np  # noqa: E402
 
@@ -96,6 +100,7 @@ CHOICES = {
 POSITIVE = ("depth", "width", "heads", "patch", "mlp_ratio", "epochs", "batch_size", "eta", "clip")
 NOT_NEGATIVE = ("s_norm", "lr", "adam_lr", "alpha_lr", "weight_decay", "warmup", "shift",
                 "limit_data", "seed")  # fmt: skip
+LARGEST = {"depth": 1000, "width": 16384, "mlp_ratio": 1024}  # mistyped beyond
 FILES = ("config.json", "metrics.csv", "summary.json", "checkpoint.npz", "curves.png")
 PATHS = ("data", "out", "resume", "eval", "export")
 
@@ -156,18 +161,28 @@ def parse(arguments):
     names = [f.name for f in dataclasses.fields(Config)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = Config(**{**PRESETS[given.get("preset", "mnist")], **given})
-    for name in POSITIVE + NOT_NEGATIVE:
-        value, option = getattr(config, name), "--" + name.replace("_", "-")
-        if name in POSITIVE and not value > 0:
-            raise UserError(f"{option} must be positive, got {value}")
-        if name in NOT_NEGATIVE and not 0 <= value < math.inf:
-            raise UserError(f"{option} must be 0 or more, and finite, got {value}")
+    check_values(config)
     for name in PATHS:
         if getattr(args, name) == "":
             raise UserError(f"--{name} needs a path, got an empty one")
     if sum(bool(x) for x in (args.resume, args.eval, args.out)) > 1:
         raise UserError("--resume, --eval and --out exclude one another")
     return config, args, given
+
+
+def check_values(config):
+    """Raises UserError for the first field of a Config out of its range."""
+    for name in POSITIVE + NOT_NEGATIVE:
+        value, option = getattr(config, name), "--" + name.replace("_", "-")
+        if name in POSITIVE and not value > 0:
+            raise UserError(f"{option} must be positive, got {value}")
+        if name in NOT_NEGATIVE and not 0 <= value < math.inf:
+            raise UserError(f"{option} must be 0 or more, and finite, got {value}")
+        if value > LARGEST.get(name, math.inf):
+            raise UserError(f"{option} must be at most {LARGEST[name]:,}, got {value}")
+    for name in ("preset", "attention", "optimizer"):
+        if getattr(config, name) not in CHOICES[name]:
+            raise UserError(f"--{name} must be one of {', '.join(CHOICES[name])}")
 
 
 # -------------------------------------------------------------------------------- model and steps
@@ -291,6 +306,11 @@ class Run:
         )
         mean, std = data.statistics(x)
         self.standardise = lambda images: data.standardise(images, mean, std)
+        if config.shift >= x.shape[1]:
+            raise UserError(
+                f"--shift must be less than the image's {x.shape[1]} pixels, got {config.shift}"
+            )
+        self.digest = zlib.crc32(y, zlib.crc32(x))  # of the training images, for --resume
         # Everything lives on the device from here on; the test set waits for the end.
         x_padded, self.size = data.pad(x, config.shift), x.shape[1]
         self.x, self.y, self.x_val, self.y_val = map(xp.asarray, (x_padded, y, x_val, y_val))
@@ -301,6 +321,7 @@ class Run:
 
         # One replica of the model per thread; they share the arrays of the first one's parameters.
         self.threads = 1 if xp is not np else args.threads or os.cpu_count() or 1
+        self.threads = min(self.threads, self.batch_size)  # more would have no image
         size, classes = dataset.x_train.shape[1], dataset.classes
         self.replicas = [build(config, size, classes, xp) for _ in range(self.threads)]
         self.model = self.replicas[0]
@@ -323,9 +344,19 @@ class Run:
 
     def restore(self, arrays, meta):
         """Puts a checkpoint back: afterwards training goes on as if it had never stopped."""
-        expected = {k: a.shape for k, a in self.state().items()}
-        if expected != {k: a.shape for k, a in arrays.items()}:
+
+        def form(arrays):
+            return {k: (a.shape, a.dtype.kind, a.itemsize) for k, a in arrays.items()}
+
+        if form(self.state()) != form(arrays):
             raise UserError("the checkpoint's arrays are not those of this configuration")
+        for k, a in arrays.items():
+            if not np.isfinite(a).all():
+                raise UserError(f"the checkpoint's {k} contains NaN or Inf")
+        if self.args.resume and meta.get("digest", self.digest) != self.digest:
+            raise UserError(
+                f"--resume {self.args.resume}: the training images are not those it began with"
+            )
         for k, p in self.parameters.items():
             p.data = self.xp.asarray(arrays[f"model.{k}"])
         for optimizer, _ in self.optimizers:
@@ -344,7 +375,7 @@ class Run:
         progress = {k: getattr(self, k) for k in PROGRESS}
         path = self.args.data and os.path.abspath(self.args.data)
         meta = {"config": dataclasses.asdict(self.config), "progress": progress, "data": path,
-                "threads": self.threads}  # fmt: skip
+                "threads": self.threads, "digest": self.digest}  # fmt: skip
         checkpoint.save(folder / "checkpoint.npz", state, meta)
 
     def batch(self):
@@ -469,12 +500,44 @@ def new_folder(args, config):
                 f"{folder} holds a run already; choose another --out, or --resume {folder}"
             )
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    return check_folder(folder)
+
+
+def check_folder(folder):
+    """Refuses a folder in which a run's files could not be written later; returns it."""
+    try:
         probe_file = folder / ".writable"
         probe_file.touch()
         probe_file.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    for path in (folder / name for name in FILES):
+        if os.path.lexists(path) and not (path.is_file() and os.access(path, os.W_OK)):
+            raise UserError(f"{path} is not a file that can be written")
     return folder
+
+
+@contextlib.contextmanager
+def in_use(folder):
+    """Keeps a second process out of `folder`; the lock ends with this one, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another run") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(path, given):
@@ -488,18 +551,30 @@ def load_checkpoint(path, given):
         or any(type(config[k]) is not type(getattr(form, k)) for k in known)
         or not isinstance(progress, dict)
         or {k: type(v) for k, v in progress.items()} != PROGRESS
+        or not all(0 <= v < math.inf for v in progress.values())
+        or type(meta.get("data")) not in (str, type(None))
+        or type(meta.get("threads", 1)) is not int
+        or meta.get("threads", 1) < 1
     ):
         raise UserError(f"{path} is not a checkpoint of this program")
     try:
         checkpoint.require_same(meta["config"], {**meta["config"], **given}, known)
     except checkpoint.CheckpointError as error:
         raise UserError(f"{path}: {error}") from None
-    return Config(**meta["config"]), arrays, meta
+    config = Config(**meta["config"])
+    try:
+        check_values(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config, arrays, meta
 
 
 def check_writable(path):
     """Refuses a file that could not be written later, so that no training is lost."""
     folder = os.path.dirname(os.path.abspath(path))
+    other = os.path.lexists(path) and not path.endswith(".safetensors")
+    if other or os.path.basename(path) in FILES:  # a checkpoint or data set would be lost
+        raise UserError(f"--export {path}: would replace a file that is no .safetensors file")
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"--export {path}: not a file that can be written")
 
@@ -541,12 +616,22 @@ def main(arguments=None):
             export(args.export, run)
         return 0
 
-    folder = Path(args.resume) if args.resume else new_folder(args, config)
+    folder = check_folder(Path(args.resume)) if args.resume else new_folder(args, config)
+    with in_use(folder):
+        return work(run, folder)
+
+
+def work(run, folder):
+    """The run in its folder; returns the exit status."""
+    config, args = run.config, run.args
     count = sum(p.size for p in run.parameters.values())
     print(f"{config.attention}, {config.depth} layers, {count:,} parameters, {run.steps:,} steps")
     print(f"writing {folder}")
     about = {"config": dataclasses.asdict(config), "data": args.data, **report.environment(run)}
-    if not args.resume:
+    if args.resume:
+        if (folder / "metrics.csv").exists():
+            report.read_metrics(folder / "metrics.csv")
+    else:
         report.write_json(folder / "config.json", about)
     with Stop() as stop:
         finished = run.train(folder, stop)
@@ -566,13 +651,26 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by `>&-`
     sys.stdout.reconfigure(errors="replace")  # ‖S‖₂, on a terminal that has no such letters
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, data.DataError, checkpoint.CheckpointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `train.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"train.py: error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:
+        print(f"train.py: error: not enough memory: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
