@@ -589,6 +589,7 @@ def export(path, run):
 
 def main(arguments=None):
     config, args, given = parse(arguments)
+    ag.keep_freed_memory()
     saved = None
     if args.export:
         check_writable(args.export)

@@ -1,6 +1,6 @@
 """Time and memory of the operator and of a training step, beside PyTorch on the same CPU threads.
 
-    python benchmarks/speed.py [--threads 2] [--only operator,scaling,million,step]
+    python benchmarks/speed.py [--threads 2] [--only operator,crossing,scaling,million,step]
 
 Forward + backward, float32, the same inputs; all competitors take turns in one process and the
 median counts.  Writes results/speed.json and speed.png.
@@ -11,7 +11,6 @@ import gc
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHAPES = ((512, 49, 16), (64, 784, 16), (16, 4096, 32), (4, 16384, 64))
+PARTS = ("operator", "crossing", "scaling", "million", "step")
 NORM = 1.0  # ‖S‖₂ of the inputs, the size met in training
 
 
@@ -29,8 +29,8 @@ def arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--only", default="operator,scaling,million,step")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--million", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from autograd import batch_parts, keep_freed_memory, parallel  # noqa: E402
 from baselines import softmax_backward, softmax_forward  # noqa: E402
 from osa_minimal import osa_backward, osa_forward, rotation_angles  # noqa: E402
 
@@ -49,22 +50,29 @@ from osa_minimal import osa_backward, osa_forward, rotation_angles  # noqa: E402
 def median_times(competitors, repeats, budget=20.0):
     """{name: median seconds}: the competitors take turns; a slow one has fewer of them."""
     times = {name: [] for name in competitors}
-    for _ in range(repeats + 1):  # the first turn warms up
+    for _ in range(repeats):
         for name, f in competitors.items():
-            if len(times[name]) > 1 and sum(times[name]) > budget:
+            if sum(times[name]) > budget:
                 continue
             gc.collect()
+            # OpenMP's threads go on spinning for some 60 ms after the competitor before this one.
             start = time.perf_counter()
-            f()
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(t[1:] or t)) for name, t in times.items()}
+            while time.perf_counter() - start < 0.15:
+                f()
+            for _ in range(3):
+                start = time.perf_counter()
+                f()
+                times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(t)) for name, t in times.items()}
 
 
 def inputs(b, N, d_v, seed=0):
     """Q, K, V, dO (b, N, d_v) float32 and the α for which ‖S‖₂ = NORM."""
     rng = np.random.default_rng(seed)
     Q, K, V, dO = (rng.standard_normal((b, N, d_v)).astype(np.float32) for _ in range(4))
-    return Q, K, V, dO, NORM / float(rotation_angles(Q[:4], K[:4], 1.0).max())
+    some = slice(4), slice(2**18)  # ‖S‖₂ grows with N
+    norm = rotation_angles(Q[some], K[some], 1.0).max() * max(1, N / 2**18)
+    return Q, K, V, dO, NORM / float(norm)
 
 
 def ours(Q, K, V, dO, alpha, route):
@@ -75,23 +83,27 @@ def ours(Q, K, V, dO, alpha, route):
 
 
 def floor(Q, K, V, dO):
-    """The products with N in them that the gram route cannot do without, and nothing else."""
+    """The gram route's products with N in them and nothing else: at the rate of this BLAS for these
+    shapes, operands and results in place, shared among the threads as `osa_forward` does."""
     F, r = np.concatenate([Q, K, V], axis=-1), 2 * Q.shape[-1]
     P, m = F[..., :r], V.shape[-1]
     b, N, w = F.shape
-    small = np.ones((b, w + m, w), np.float32)
-    out = {n: np.empty((b, N, n), np.float32) for n in {r, m}}
-    square = np.empty((b, r, w), np.float32)
+    FdO, small = np.concatenate([F, dO], axis=-1), np.ones((b, w + m, w), np.float32)
+    M, g = np.empty((b, r, w), np.float32), np.empty((b, r, m), np.float32)
+    O, dF = np.empty_like(dO), np.empty_like(F)
 
-    def f():
-        np.matmul(P.swapaxes(-1, -2), F, out=square)  # [G, PᵀV]
-        np.matmul(P, small[:, :r, :m], out=out[m])  # P Φ
-        np.matmul(P.swapaxes(-1, -2), dO, out=square[..., :m])  # PᵀdO
-        np.matmul(P, small[:, :r, :m], out=out[m])  # P W̄
-        np.matmul(F, small[:, :w, :r], out=out[r])  # [P, V] [Ḡ + Ḡᵀ; W̄ᵀ]
-        np.matmul(dO, small[:, :m, :r], out=out[r])  # dO Φᵀ
+    def products(p):
+        np.matmul(P[p].swapaxes(-1, -2), F[p], out=M[p])  # [PᵀP, PᵀV]
+        np.matmul(F[p], small[p, :w, :m], out=O[p])  # [P, V] [sJy; I]
+        np.matmul(P[p].swapaxes(-1, -2), dO[p], out=g[p])  # PᵀdO
+        np.matmul(FdO[p], small[p], out=dF[p])  # [P, V, dO] X
 
-    return f
+    return lambda: parallel(products, batch_parts(F))
+
+
+def operations(b, N, d_v):
+    """Multiplications and additions in the products of `floor`."""
+    return 2 * b * N * d_v * d_v * (2 * 3 + 3 + 2 + 4 * 3)
 
 
 def torch_peer(f, Q, K, V, dO, alpha):
@@ -134,6 +146,7 @@ def operator():
         row = {
             "shape": [b, N, d_v], "milliseconds": {k: round(t, 2) for k, t in times.items()},
             "best_peer_over_ours": round(best / times["ours, auto"], 2),
+            "floor_gflops": round(operations(b, N, d_v) / times["floor"] / 1e6, 1),
             "ours_over_floor": round(times["ours, auto"] / times["floor"], 2),
             "fused_softmax_over_ours": round(times["fused softmax"] / times["ours, auto"], 2),
         }  # fmt: skip
@@ -168,15 +181,34 @@ def scaling():
         rows.append({"N": N, "peak_bytes": peak, **{f"{n}_seconds": t for n, t in times.items()}})
         print(rows[-1], flush=True)
     N = [row["N"] for row in rows]
-    both = [row for row in rows if "softmax_seconds" in row]
-    ratio = [math.log(row["softmax_seconds"] / row["ours_seconds"]) for row in both]
-    slope, offset = np.polyfit(np.log([row["N"] for row in both]), ratio, 1)
     return {
         "rows": rows,
         "time_exponent": exponent(N, [row["ours_seconds"] for row in rows]),
         "memory_exponent": exponent(N, [row["peak_bytes"] for row in rows]),
-        "overtakes_fused_softmax_at_N": int(np.exp(-offset / slope)),
     }
+
+
+def crossing():
+    """The length from which on OSA is faster than fused softmax: 65,536 tokens, d_v = 32."""
+    import peers
+    import torch
+
+    torch.set_num_threads(args.threads)
+    rows = []
+    for k in range(5, 12):
+        N = 2**k
+        Q, K, V, dO, alpha = inputs(2 ** (16 - k), N, 32)
+        competitors = {
+            "ours": ours(Q, K, V, dO, alpha, "auto"),
+            "softmax": torch_peer(peers.fused_softmax, Q, K, V, dO, alpha),
+        }
+        times = median_times(competitors, args.repeats)
+        rows.append({"N": N, **{f"{n}_seconds": t for n, t in times.items()}})
+        print(rows[-1], flush=True)
+    ratio = [math.log(row["softmax_seconds"] / row["ours_seconds"]) for row in rows]
+    last = max(i for i, x in enumerate(ratio) if x < 0)  # then the next one is above 0
+    part = -ratio[last] / (ratio[last + 1] - ratio[last])
+    return {"rows": rows, "overtakes_fused_softmax_at_N": round(rows[last]["N"] * 2**part)}
 
 
 def million():
@@ -190,8 +222,11 @@ def million_alone():
     Q, K, V, dO, alpha = inputs(1, 2**20, 32)
     start = time.perf_counter()
     ours(Q, K, V, dO, alpha, "auto")()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_gb": round(peak, 2)}))
+    seconds = time.perf_counter() - start
+    # Linux: of this program alone, where getrusage still counts the process that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 2**20  # kB -> GB
+    print(json.dumps({"seconds": round(seconds, 2), "peak_gb": round(peak, 2)}))
 
 
 def draw(result, path):
@@ -201,7 +236,9 @@ def draw(result, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(14, 4.2), layout="constrained", width_ratios=(3, 2, 2)
+    )
     rows = result["operator"]
     names = list(dict.fromkeys(n for row in rows for n in row["milliseconds"]))
     for i, name in enumerate(names):
@@ -211,24 +248,29 @@ def draw(result, path):
     left.set_xticks([j + 0.35 for j in range(len(rows))], [str(tuple(r["shape"])) for r in rows])
     left.set(yscale="log", ylabel="forward + backward, ms", xlabel="(batch · heads, N, d_v)")
     left.legend(fontsize=7)
-    rows = result["scaling"]["rows"]
-    for name, style in (("ours", "o-"), ("softmax", "s--")):
-        chosen = [r for r in rows if f"{name}_seconds" in r]
-        label = {"ours": "orthogonal (ours)", "softmax": "fused softmax (PyTorch)"}[name]
-        y = [1e3 * r[f"{name}_seconds"] for r in chosen]
-        right.loglog([r["N"] for r in chosen], y, style, label=label)
-    right.set(xlabel="tokens N (one head, d_v = 32)", ylabel="forward + backward, ms")
-    right.grid(alpha=0.3, which="both")
-    right.legend()
+    for axes, part, xlabel in (
+        (middle, "crossing", "tokens N (65,536 in all, d_v = 32)"),
+        (right, "scaling", "tokens N (one head, d_v = 32)"),
+    ):
+        for name, style in (("ours", "o-"), ("softmax", "s--")):
+            chosen = [r for r in result[part]["rows"] if f"{name}_seconds" in r]
+            label = {"ours": "orthogonal (ours)", "softmax": "fused softmax (PyTorch)"}[name]
+            y = [1e3 * r[f"{name}_seconds"] for r in chosen]
+            axes.loglog([r["N"] for r in chosen], y, style, label=label)
+        axes.set(xlabel=xlabel, ylabel="forward + backward, ms")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 
 def main():
     from machine import about
 
+    keep_freed_memory()
+
     path = RESULTS / "speed.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    parts = {"operator": operator, "scaling": scaling, "million": million}
+    parts = {"operator": operator, "crossing": crossing, "scaling": scaling, "million": million}
     if "step" in args.only.split(","):
         from step import step
 
@@ -239,7 +281,7 @@ def main():
     result |= {"threads": args.threads, **about()}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if {"operator", "scaling"} <= set(result):
+    if {"operator", "crossing", "scaling"} <= set(result):
         draw(result, RESULTS / "speed.png")
 
 

@@ -606,14 +606,14 @@ def test_transfers_and_waits_do_not_grow_with_the_data(rng):
     used = []
     for shape in ((2, 3, 16, 2), (4, 3, 160, 2)):
         Q, K, V = (refusing.asarray(rng.standard_normal(shape)) for _ in range(3))
-        alpha = refusing.asarray(np.full((3, 1, 1), 0.01))
+        alpha = refusing.asarray(np.full((3, 1, 1), 0.005))
         before = dict(refusing.counts)
         O, saved = osa.osa_forward(Q, K, V, alpha)
         osa.osa_backward(O, saved)
         used.append({k: refusing.counts[k] - before[k] for k in before})
     assert used[0] == used[1]
     assert used[0]["to_host"] == 0
-    assert used[0]["waits"] <= 2  # which route, and ‖S‖
+    assert used[0]["waits"] <= 3  # which route, and ‖S‖ twice
 
 
 @pytest.mark.parametrize(
