@@ -20,8 +20,9 @@ import numpy as np
 
 import autograd as ag
 from autograd import Tensor, array_module
+from products import Products, cholesky_basis
 
-ROUTES = ("auto", "gram", "qr", "newton_schulz", "dense")
+ROUTES = ("auto", "gram", "qr", "newton_schulz", "dense", "products")
 
 # ----------------------------------------------------------------------------------- definition
 
@@ -273,15 +274,18 @@ def osa_forward(Q, K, V, alpha, route="auto"):
            "qr"             Theorem 2.1: O = V + B (exp(BᵀSB) − I) BᵀV, B by QR of [Q, K]
            "newton_schulz"  the same, with the basis by Newton–Schulz
            "gram"           no basis: O = V + P Φ (PᵀV), Φ = sJ φ₁(sGJ), G = PᵀP
+           "products"       as "qr", B by Cholesky, exp by squaring: nothing is decided by looking
+                            at numbers; ‖S‖₂ > 1000, NaN or Inf give NaN, never a wrong number
            "auto"           N ≤ 2 d_v: B = I, since S itself is the small matrix; otherwise "gram"
                             where its rounding error, about eps s² ‖QᵀQ‖ ‖KᵀK‖, is harmless,
                             and "qr" where not (nearly parallel tokens, one dominant token,
                             large ‖S‖).  No route is better than eps s ‖Q‖₂ ‖K‖₂: where K ≈ Q
                             cancels in S itself, digits of S are lost before anything is computed.
+                            On a GPU, where looking means waiting for the device: "products".
     To pad, zero rows of Q and K: those rows of A are the identity's, on every route.
     Returns (O, saved).  Raises ValueError or TypeError naming the argument at fault, ValueError for
-    NaN or Inf, FloatingPointError where S overflows.
-    Source: Theorem 2.1 for "qr" and "newton_schulz"; "gram" and "auto" are ours.
+    NaN or Inf, FloatingPointError where S overflows; on a GPU "auto" answers these with NaN.
+    Source: Theorem 2.1 for "qr" and "newton_schulz"; the rest is ours.
     """
     Q, K, V, s = _checked(Q, K, V, alpha)
     # One array for [Q, K, V], so that PᵀP and PᵀV are one matrix product.
@@ -344,6 +348,8 @@ def backward_joint(dO, saved):
 
 def _forward(F, s, d_v, route):
     xp, N, r = array_module(F), F.shape[-2], 2 * d_v
+    if route == "auto" and xp is not np:
+        route = "products"
     if route == "gram" or (route == "auto" and N > r):
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is left to "qr"
             M = _T(F[..., :r]) @ F  # (r, N) x (N, r + m) -> [G, PᵀV]
@@ -357,11 +363,13 @@ def _forward(F, s, d_v, route):
                 )
             if rho <= RHO_MAX or route == "gram":
                 return _gram_forward(F, M, s, d_v, rho)
-    if route == "dense" or (route == "auto" and N <= r):
+    if route == "dense" or (route in ("auto", "products") and N <= r):
         B = None
+    elif route == "products":
+        B = cholesky_basis(F[..., :r])
     else:
         B = orthonormal_basis(F[..., :r], "newton_schulz" if route == "newton_schulz" else "qr")
-    return _basis_forward(F, B, s, d_v, spectral=route == "dense")
+    return _basis_forward(F, B, s, d_v, route)
 
 
 def _gram_norms(P, G, s, d_v):
@@ -439,18 +447,22 @@ def _inner(A, B):
     return array_module(A, B).einsum("...ij,...ij->...", A, B)[..., None, None]
 
 
-def _basis_forward(F, B, s, d_v, spectral=False):
+def _basis_forward(F, B, s, d_v, route):
     r = 2 * d_v
     BtF = F if B is None else _T(B) @ F  # (k, N) x (N, r + m) -> [R, b]
     R, b = BtF[..., :r], BtF[..., r:]
     with np.errstate(over="ignore", invalid="ignore"):
         U = _unscaled_scores(R)
         S = s * U  # S̃ = BᵀSB
+        if route == "products":
+            small = Products(S, b)
+            O = small.value if B is None else F[..., r:] + B @ (small.value - b)
+            return O, Saved(F, s, d_v, small, B, R, U)
         S64 = S.astype(np.float64)  # squares of float32 could overflow
         rho = math.sqrt(float(_inner(S64, S64).max()) / 2)  # ‖S‖_F/√2 ≥ ‖S‖₂
     if not math.isfinite(rho):
         raise FloatingPointError(f"S = (α/√d_v)(QKᵀ − KQᵀ) overflows {S.dtype}")
-    if spectral or rho > RHO_MAX:
+    if route == "dense" or rho > RHO_MAX:
         small = Spectral(S, b)
     else:
         rho = _sharper_bound(S, rho)
@@ -609,6 +621,39 @@ def calibrate_alpha(Q, K, target):
     size = xp.sqrt(_inner(Q, Q) * _inner(K, K) / Q.shape[-1]).max(axis=0)  # ‖Q‖_F ‖K‖_F/√d_v
     nothing = norm <= 8 * float(np.finfo(Q.dtype).eps) * size
     return target / xp.where(nothing, 1, norm).astype(Q.dtype)
+
+
+def jacobian_bound(X, W_QK, W_V, alpha):
+    """ε (...) with |σ − 1| ≤ ε for the singular values σ of M-OSA's Jacobian at initialisation.
+
+    X: (..., N, d); W_QK (h, d, 2 d_v) with orthonormal columns; W_V (d, d), W_O orthogonal; alpha
+    (h, 1, 1).  With P_i = X W_QK^i, V_i = X W_V^i, s_i = α_i/√d_v, and [·] for heads side by side,
+        ε = ‖[s_i W_QK^i J P_iᵀ V_i]‖₂ + ‖[s_i ‖P_i‖₂ V_i]‖₂ + (Σ_i (s_i ‖P_i‖₂ ‖S_i‖₂ ‖V_i‖₂)²)^½.
+    Proof.  The Jacobian is T + D.  T(E) = [e^{S_i} E W_V^i] W_O keeps the norm.  With
+    M_i = W_QK^i J W_QK^iᵀ, dS_i = s_i (E M_i Xᵀ + X M_i Eᵀ), so that
+        D(E) = [∫₀¹ e^{uS_i} s_i (E M_i Xᵀ + X M_i Eᵀ) e^{(1−u)S_i} V_i du] W_O.
+    Were e^{(1−u)S_i} = I, its two terms would have at most the first two norms of ε, as
+    M_i Xᵀ = W_QK^i J P_iᵀ; ‖e^{vS} − I‖ ≤ v‖S‖ adds the third, one half for each.  Then
+    |σ − 1| ≤ ‖D‖ ≤ ε.  Ours; two to five times the deviation measured.
+    """
+    xp, (h, d, r) = array_module(X, W_QK, W_V, alpha), W_QK.shape
+    d_v, X = r // 2, X[..., None, :, :]
+    P = X @ W_QK  # (..., h, N, r)
+    V = X @ W_V.reshape(d, h, d_v).transpose(1, 0, 2)  # (..., h, N, d_v)
+
+    def norm(M):
+        return xp.linalg.norm(M, 2, axis=(-2, -1))[..., None, None]
+
+    def side_by_side(M):  # (..., h, n, m) -> (..., n, h m)
+        M = M.swapaxes(-3, -2)
+        return M.reshape(*M.shape[:-2], -1)
+
+    S = rotation_angles(P[..., :d_v], P[..., d_v:], alpha)[..., :1, None]  # ‖S_i‖₂ (..., h, 1, 1)
+    s = abs(alpha) / math.sqrt(d_v)
+    first = norm(side_by_side(s * (W_QK @ _J_times(_T(P) @ V))))
+    second = norm(side_by_side(s * norm(P) * V))
+    third = s * norm(P) * S * norm(V)
+    return (first + second)[..., 0, 0] + xp.sqrt((third * third).sum(axis=(-3, -2, -1)))
 
 
 def tailored_slope(depth, eta):

@@ -1,0 +1,119 @@
+"""Many training runs, several at a time, each in a process of its own with one thread.
+
+Results are rows of a CSV file; a run whose row is there is not repeated, so a stopped experiment
+goes on where it was.
+"""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+# Read when NumPy is imported, by the worker processes too.
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OSA_THREADS": "1"}
+sys.path.insert(0, str(ROOT))
+
+OUTCOME = ("validation", "test", "loss", "max_s", "parameters", "seconds")
+
+
+def train_once(options):
+    """Trains as `python train.py --NAME VALUE …` would, without a folder; the outcome as a dict.
+
+    options: {field of `train.Config`: value}; "steps" ends the schedule early; "arm" is a name.
+    A run that diverges has accuracy NaN.  seconds: processor time of this process, in training.
+    """
+    import numpy as np
+
+    import autograd as ag
+    import train
+
+    ag.keep_freed_memory()
+    options = dict(options)
+    steps, _ = options.pop("steps", None), options.pop("arm", None)
+    arguments = ["--threads", "1"]
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        arguments += [option] if value is True else [] if value is False else [option, str(value)]
+    config, args, _ = train.parse(arguments)
+    run = train.Run(config, args, np, "cpu")
+    run.steps = steps or run.steps
+    start, losses, largest = time.process_time(), [], 0.0
+    count = sum(p.size for p in run.parameters.values())
+    outcome = {name: math.nan for name in OUTCOME} | {"parameters": count}
+    with np.errstate(all="ignore"):
+        try:
+            for i in range(run.steps):
+                losses.append(float(run.train_step()[0]))
+                if not math.isfinite(losses[-1]):
+                    return outcome | {"max_s": largest}
+                if (i + 1) % 25 == 0:
+                    some = run.standardise(run.x_val[:16])
+                    largest = max(largest, train.probe(run.model, some)[0])
+        except FloatingPointError:
+            return outcome | {"max_s": math.inf}
+    seconds = time.process_time() - start
+    validation = train.accuracy(run.model, run.x_val, run.y_val, run.standardise)[0]
+    test = train.accuracy(run.model, run.x_test, run.y_test, run.standardise)[0]
+    tail = losses[-50:]
+    values = validation, test, sum(tail) / len(tail), largest, count, round(seconds, 1)
+    return dict(zip(OUTCOME, values))
+
+
+def run_all(path, jobs, processes):
+    """Rows {**job, **outcome} of every job (a dict of options), in order; `path` keeps them."""
+    names = list(dict.fromkeys(name for job in jobs for name in job))
+    done = {}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                done[key(row, names)] = row
+    todo = [job for job in jobs if key(job, names) not in done]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(train_once, {k: v for k, v in job.items() if v != ""}): job
+                   for job in todo}  # fmt: skip
+        for i, future in enumerate(as_completed(futures), 1):
+            job = futures[future]
+            row = {name: job.get(name, "") for name in names} | future.result()
+            done[key(job, names)] = {k: str(v) for k, v in row.items()}
+            print(f"{i}/{len(todo)}", *(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
+            write(path, done.values(), [*names, *OUTCOME])
+    return [done[key(job, names)] for job in jobs]
+
+
+def key(row, names):
+    return tuple(str(row.get(name, "")) for name in names)
+
+
+def write(path, rows, names):
+    """A CSV file, replaced at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".tmp"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def about():
+    """Command, date, machine, versions and commit, for the results' JSON."""
+    import numpy as np
+
+    from report import cpu_model
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": f"{cpu_model()}, {os.cpu_count()} cores",
+        "numpy": np.__version__,
+        "commit": commit or None,
+    }

@@ -1,0 +1,128 @@
+"""The theorem on the Jacobian at initialisation, held against full Jacobians."""
+
+import math
+
+import numpy as np
+import pytest
+
+import data
+from autograd import Tensor
+from osa_minimal import (
+    MLP,
+    MultiHeadOSA,
+    calibrate_alpha,
+    init_mosa,
+    jacobian_bound,
+    patchify,
+    random_orthogonal,
+    tailored_slope,
+)
+
+N, d = 16, 32
+
+
+def tokens(kind, rng):
+    """X (N, d), float64, of variance about 1."""
+    if kind == "gaussian":
+        return rng.standard_normal((N, d))
+    if kind == "correlated":  # a component that all tokens share, three times the rest
+        return rng.standard_normal((N, d)) + 3 * rng.standard_normal(d)
+    if kind == "nearly equal":
+        return 0.1 * rng.standard_normal((N, d)) + rng.standard_normal(d)
+    images = data.load().x_train[:1].astype(np.float64)
+    images = (images - images.mean()) / images.std()
+    return patchify(images, 7)[0] @ random_orthogonal(49, d, rng, np.float64)
+
+
+def jacobian(f, X):
+    """∂f/∂X (N d, N d) by reverse mode: one row for each entry of the output."""
+    n = X.size
+    copies = Tensor(np.repeat(X[None], n, axis=0), requires_grad=True)
+    f(copies).backward(np.eye(n).reshape(n, *X.shape))
+    return copies.grad.reshape(n, n)
+
+
+def layer(kind, heads, s_norm, seed=0):
+    """A layer of `heads` heads whose largest ‖S‖₂ on X is s_norm in every head, and X."""
+    rng = np.random.default_rng(seed)
+    X = tokens(kind, rng)
+    attention = MultiHeadOSA(d, heads, rng, dtype=np.float64)
+    F = attention.project(Tensor(X[None])).data
+    d_v = d // heads
+    Q, K = F[..., :d_v], F[..., d_v : 2 * d_v]
+    attention.parameters["alpha"].data = calibrate_alpha(Q, K, s_norm)
+    return attention, X
+
+
+def bound(attention, X):
+    p = {k: t.data for k, t in attention.parameters.items()}
+    return jacobian_bound(X, p["W_QK"], p["W_V"], p["alpha"])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "correlated", "nearly equal", "MNIST"])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("s_norm", [0.01, 0.3])
+def test_singular_values_of_the_jacobian_are_within_the_bound_and_the_bound_is_sharp(
+    kind, heads, s_norm
+):
+    attention, X = layer(kind, heads, s_norm)
+    sigma = np.linalg.svd(jacobian(attention, X), compute_uv=False)
+    deviation = max(sigma[0] - 1, 1 - sigma[-1])
+    epsilon = float(bound(attention, X))
+    # A relative margin for rounding: both come from float64 sums of N d terms.
+    assert deviation <= epsilon * (1 + 100 * N * d * np.finfo(float).eps)
+    assert epsilon <= 5 * deviation
+
+
+def test_the_bound_is_of_one_sample_each_and_proportional_to_alpha_for_small_alpha():
+    rng = np.random.default_rng(1)
+    X = rng.standard_normal((3, N, d))
+    p = init_mosa(d, 4, rng, alpha=1e-6, dtype=np.float64)
+    W = p["W_QK"], p["W_V"]
+    together = jacobian_bound(X, *W, p["alpha"])
+    alone = [jacobian_bound(x, *W, p["alpha"]) for x in X]
+    np.testing.assert_allclose(together, alone, rtol=1e-12)  # d products and a small SVD
+    # The third term is of second order, about ‖S‖₂ ~ 1e-5 of the others.
+    np.testing.assert_allclose(jacobian_bound(X, *W, p["alpha"] / 2), together / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ratio, bounded", [(1, True), (4, False)])
+def test_an_mlp_of_ratio_1_is_within_the_slopes_and_a_wider_one_is_not(ratio, bounded):
+    """σ of φ(X W_1) W_2 with square orthogonal weights lie in gain · [a, 1]: W_1 D W_2, D diagonal.
+
+    W_1 W_2 of a wider MLP is a corner of a larger orthogonal matrix, with singular values near 0.
+    """
+    rng = np.random.default_rng(2)
+    slope = tailored_slope(16, 0.5)
+    mlp = MLP(d, ratio, slope, rng, dtype=np.float64)
+    J = jacobian(mlp, rng.standard_normal((4, d)))
+    sigma = np.linalg.svd(J, compute_uv=False) / math.sqrt(2 / (1 + slope**2))
+    rounding = 100 * d * np.finfo(float).eps
+    within = slope * (1 - rounding) <= sigma.min() and sigma.max() <= 1 + rounding
+    assert within == bounded
+    if not bounded:
+        assert sigma.min() < slope / 4
+
+
+def test_a_network_of_ratio_1_is_within_the_product_of_its_layers_bounds():
+    """L layers: σ in Π gain·a·(1 − ε_l) … Π gain·(1 + ε_l)."""
+    rng = np.random.default_rng(3)
+    depth, slope = 4, tailored_slope(4, 0.5)
+    gain, low, high = math.sqrt(2 / (1 + slope**2)), 1.0, 1.0
+    X = tokens("gaussian", rng)
+    Y, layers = X, []
+    for seed in range(depth):
+        attention, _ = layer("gaussian", 4, 0.02, seed)
+        mlp = MLP(d, 1, slope, rng, dtype=np.float64)
+        epsilon = float(bound(attention, Y))
+        low, high = low * gain * slope * (1 - epsilon), high * gain * (1 + epsilon)
+        layers.append((attention, mlp))
+        Y = mlp(attention(Tensor(Y[None]))).data[0]
+
+    def network(X):
+        for attention, mlp in layers:
+            X = mlp(attention(X))
+        return X
+
+    sigma = np.linalg.svd(jacobian(network, X), compute_uv=False)
+    assert 0 < low <= sigma[-1] and sigma[0] <= high
