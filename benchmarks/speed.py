@@ -31,6 +31,7 @@ def arguments():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
     parser.add_argument("--million", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -267,9 +268,10 @@ def main():
     from machine import about
 
     keep_freed_memory()
-
     path = RESULTS / "speed.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if args.draw:
+        return draw(result, RESULTS / "speed.png")
     parts = {"operator": operator, "crossing": crossing, "scaling": scaling, "million": million}
     if "step" in args.only.split(","):
         from step import step

@@ -11,12 +11,13 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+from common import RESULTS, ROOT, write
+
 KEYS = ("test_accuracy", "validation_accuracy", "train_loss", "steps", "seconds",
         "orthogonality_error", "max_S_norm", "parameters", "peak_memory_mb")  # fmt: skip
+PANELS = {"validation_accuracy": "validation accuracy", "max_S_norm": "max ‖S‖₂ over layers",
+          "orthogonality_error": "max |AᵀA − I|"}  # fmt: skip
 ENVIRONMENT = ("date", "device", "threads", "processor", "system", "python", "numpy", "git_commit")
 
 
@@ -29,23 +30,28 @@ def run(seed, options):
     return folder
 
 
-def draw(folders, path):
+def curves(folders):
+    """Rows {seed, step, validation_accuracy, max_S_norm, orthogonality_error} of all runs."""
+    rows = []
+    for seed, folder in enumerate(folders):
+        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows += [{"seed": seed} | row for row in csv.DictReader(file)]
+    return rows
+
+
+def draw(rows, path):
     """Validation accuracy, ‖S‖₂ and orthogonality error of every seed against the step."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"validation accuracy": "validation_accuracy", "max ‖S‖₂ over layers": "max_S_norm",
-              "max |AᵀA − I|": "orthogonality_error"}  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for folder in folders:
-        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        for axis, (label, key) in zip(axes, panels.items()):
-            steps = [float(row["step"]) for row in rows]
-            seed = folder.name.rsplit("-", 1)[1]
-            axis.plot(steps, [float(row[key]) for row in rows], lw=1, label=f"seed {seed}")
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        run = [row for row in rows if row["seed"] == seed]
+        for axis, (key, label) in zip(axes, PANELS.items()):
+            steps = [float(row["step"]) for row in run]
+            axis.plot(steps, [float(row[key]) for row in run], lw=1, label=f"seed {seed}")
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.3)
     axes[0].set_ylim(0.9, 1)
@@ -59,7 +65,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
     args, options = parser.parse_known_args()
+    if args.draw:
+        with open(RESULTS / "mnist.csv", newline="", encoding="utf-8") as file:
+            return draw(list(csv.DictReader(file)), RESULTS / "mnist.png")
     folders = [run(seed, options) for seed in range(args.seeds)]
     rows = [json.loads((f / "summary.json").read_text(encoding="utf-8")) for f in folders]
     about = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
@@ -76,7 +86,9 @@ def main():
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(result, indent=2, ensure_ascii=False)
     (RESULTS / "mnist.json").write_text(text + "\n", encoding="utf-8")
-    draw(folders, RESULTS / "mnist.png")
+    rows = curves(folders)
+    write(RESULTS / "mnist.csv", rows, ["seed", "step", *PANELS])
+    draw(rows, RESULTS / "mnist.png")
     print(text)
 
 

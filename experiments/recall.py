@@ -1,0 +1,109 @@
+"""A task that needs mixing between tokens: associative recall, recall.csv and recall.png.
+
+    python experiments/recall.py [--processes 2] [--quick]
+
+A sample is a 12 x 12 "image" of nine 4 x 4 patches, nine tokens of 16 pixels: eight pairs of a key
+(one-hot, pixels 0 to 7) and a value (one-hot, pixels 8 to 15), each key once, in random order; then
+the query, one key without a value.  Values are keys too, each once.  The label after one hop is the
+value that stood with the query, after two hops the value that stood with that value, and so on.  No
+sum over single tokens tells anything about it: without mixing the best is chance, 1 in 8.
+"""
+
+import argparse
+import csv
+import os
+
+import common
+
+PAIRS = 8
+ARMS = {
+    "OSA": {"attention": "osa"},
+    "softmax": {"attention": "softmax"},
+    "identity mixing": {"attention": "identity"},
+    "ViT: softmax, skips, LayerNorm": {"attention": "softmax", "skip": True, "norm": True},
+}
+HOPS, DEPTHS, RATES, STEPS = 3, (1, 2, 4), (0.003, 0.01), 1200
+COMMON = {"patch": 4, "shift": 0, "epochs": 4, "mlp_ratio": 2, "s_norm": 1.0, "alpha_lr": 0.01}
+ETA = {1: 0.25, 2: 0.4, 4: 0.4}  # a ReLU reaches no more than 0.32 in one layer
+
+
+def samples(n, hops, rng):
+    """x (n, 12, 12) uint8 and y (n,) uint8."""
+    import numpy as np
+
+    keys, values = rng.permuted(np.tile(np.arange(PAIRS), (2, n, 1)), axis=-1)  # (n, 8) each
+    asked, I = rng.integers(0, PAIRS, n), np.eye(PAIRS)
+    tokens = np.zeros((n, PAIRS + 1, 2 * PAIRS))
+    tokens[:, :PAIRS] = np.concatenate([I[keys], I[values]], axis=-1)
+    rows, place = np.arange(n), keys.argsort(axis=1)  # place[i, k]: where key k stands
+    tokens[:, PAIRS, :PAIRS] = I[asked]
+    answer = asked
+    for _ in range(hops):
+        answer = values[rows, place[rows, answer]]
+    patches = tokens.reshape(n, 3, 3, 4, 4).transpose(0, 1, 3, 2, 4)
+    return (255 * patches.reshape(n, 12, 12)).astype(np.uint8), answer.astype(np.uint8)
+
+
+def write_data(path, hops):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (x_train, y_train), (x_test, y_test) = samples(45_000, hops, rng), samples(5_000, hops, rng)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+
+
+def experiment(path, processes, quick=False):
+    data = common.ROOT / "runs" / f"recall-{HOPS}.npz"
+    write_data(data, HOPS)
+    depths, rates, steps = (DEPTHS[:1], RATES[:1], 4) if quick else (DEPTHS, RATES, STEPS)
+    jobs = [
+        {"arm": arm, **options, "depth": depth, "lr": lr, "steps": steps, "eta": ETA[depth],
+         **COMMON, "data": os.path.relpath(data)}
+        for depth in depths for lr in rates for arm, options in ARMS.items()
+    ]  # fmt: skip
+    return common.run_all(path, jobs, processes)
+
+
+def draw(path):
+    """Test accuracy of the better rate against depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["validation"] != "nan"]
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for arm, marker in zip(ARMS, "os^v"):
+        chosen = {}
+        for row in rows:
+            if row["arm"] == arm:
+                old = chosen.setdefault(int(row["depth"]), row)
+                better = float(row["validation"]) > float(old["validation"])
+                chosen[int(row["depth"])] = row if better else old
+        x = sorted(chosen)
+        axes.plot(x, [100 * float(chosen[d]["test"]) for d in x], marker=marker, label=arm)
+    axes.axhline(100 / PAIRS, color="0.5", ls=":", label="chance")
+    axes.set(xlabel="layers", ylabel=f"test accuracy, {HOPS} hops, %", xticks=DEPTHS)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="seconds, into runs/quick")
+    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
+    args = parser.parse_args()
+    path = (common.ROOT / "runs" / "quick" if args.quick else common.RESULTS) / "recall.csv"
+    if not args.draw:
+        experiment(path, args.processes, args.quick)
+    draw(path)
+
+
+if __name__ == "__main__":
+    main()
