@@ -3,14 +3,15 @@
 
 PYTHON ?= python3
 ARGS =
+CUDA ?= 12
 BIN := .venv/bin
 RUFF := ruff==0.17.5
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test notebooks experiments bench accuracy lint clean
+.PHONY: help setup train test notebooks experiments figures bench accuracy gpu lint class-kit clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/setup.stamp  ## create .venv and install requirements.txt
 
@@ -23,8 +24,17 @@ test: .venv/setup.stamp  ## run the tests
 notebooks: .venv/setup.stamp  ## execute every notebook and check it
 	$(BIN)/python -m pytest tests/test_notebooks.py $(ARGS)
 
-experiments: .venv/setup.stamp  ## train five seeds of the default preset (fifteen minutes)
-	$(BIN)/python experiments/mnist.py --seeds 5 $(ARGS)
+experiments: .venv/setup.stamp  ## run every experiment behind README, three hours on two cores
+	$(BIN)/python experiments/propagation.py
+	$(BIN)/python experiments/mnist.py
+	$(BIN)/python experiments/comparison.py
+	$(BIN)/python experiments/recall.py
+	$(BIN)/python experiments/depth.py
+	$(BIN)/python experiments/depth.py --long
+
+figures: .venv/setup.stamp  ## draw every figure of README from the committed results
+	for name in mnist propagation comparison recall depth; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
+	for name in accuracy speed; do $(BIN)/python benchmarks/$$name.py --draw || exit 1; done
 
 bench: .venv/bench.stamp  ## measure speed and memory against dense NumPy and PyTorch
 	$(BIN)/python benchmarks/speed.py $(ARGS)
@@ -32,9 +42,38 @@ bench: .venv/bench.stamp  ## measure speed and memory against dense NumPy and Py
 accuracy: .venv/bench.stamp  ## measure rounding errors against a float64 reference
 	$(BIN)/python benchmarks/accuracy.py $(ARGS)
 
+gpu: .venv/cuda$(CUDA).stamp  ## on an NVIDIA card: test, compare with the CPU, measure; CUDA=13 for CuPy for CUDA 13
+	$(BIN)/python -W ignore benchmarks/gpu.py --check
+	$(BIN)/python -m pytest -k "cupy or parity" $(ARGS)
+	$(BIN)/python -W ignore benchmarks/gpu.py
+
 lint: .venv/lint.stamp  ## check style and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+class-kit: .venv/setup.stamp  ## pack class-kit/: this commit and its wheels, for a room without network
+	rm -rf class-kit
+	$(BIN)/python -m pip download --only-binary :all: -d class-kit/wheels -r requirements.txt $(ARGS)
+	git archive --prefix=osa/ -o class-kit/repository.zip HEAD
+	printf '%s\n' "$$INSTALL" > class-kit/INSTALL.txt
+	$(BIN)/python -c 'import platform, sys; print("The wheels are for Python %d.%d on" % sys.version_info[:2], platform.system(), platform.machine() + ".")' >> class-kit/INSTALL.txt
+	git log -1 --format='The repository is commit %h of %cs.' >> class-kit/INSTALL.txt
+	du -sh class-kit
+
+define INSTALL
+Orthogonal Self-Attention from scratch, for a room without network.  In this folder:
+
+    python3 -m zipfile -e repository.zip .
+    cd osa
+    python3 -m venv .venv
+    .venv/bin/python -m pip install --no-index --find-links ../wheels -r requirements.txt
+    .venv/bin/python train.py --preset tiny       # ten seconds; MNIST is included
+    .venv/bin/python -m jupyter lab notebooks     # then open exercises/00_tour.ipynb
+
+On Windows write .venv\Scripts for .venv/bin, and python for python3.  CuPy is not included.
+
+endef
+export INSTALL
 
 clean:  ## remove caches; .venv and runs/ stay
 	rm -rf .pytest_cache .ruff_cache
@@ -52,6 +91,10 @@ clean:  ## remove caches; .venv and runs/ stay
 
 .venv/bench.stamp: requirements-bench.txt .venv/setup.stamp
 	$(BIN)/python -m pip install -r requirements-bench.txt
+	touch $@
+
+.venv/cuda$(CUDA).stamp: requirements-cuda$(CUDA).txt .venv/bench.stamp
+	$(BIN)/python -m pip install -r requirements-cuda$(CUDA).txt
 	touch $@
 
 .venv/lint.stamp: Makefile | .venv/bin/python

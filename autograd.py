@@ -353,7 +353,8 @@ def _tensors(*args):
     return [
         a
         if isinstance(a, Tensor)
-        else Tensor(xp.asarray(a, dtype=dtype if isinstance(a, (bool, int, float)) else None))
+        # A number is written by the device itself, where `asarray` would be a transfer.
+        else Tensor(xp.full((), a, dtype) if isinstance(a, (bool, int, float)) else xp.asarray(a))
         for a in args
     ]
 

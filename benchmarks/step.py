@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 import train
+from autograd import to_cpu
 from osa_minimal import patchify
 
 
@@ -22,11 +23,12 @@ class TorchModel:
 
     def __init__(self, run, attention):
         self.attention, self.model = attention, run.model
-        self.p = {k: torch.tensor(t.data, requires_grad=True) for k, t in run.parameters.items()}
+        arrays = {k: to_cpu(t.data) for k, t in run.parameters.items()}
+        self.p = {k: torch.tensor(a, requires_grad=True) for k, a in arrays.items()}
 
-    def __call__(self, images):
+    def __call__(self, patches):
         p, h = self.p, self.model.layers[0][0].heads
-        X = torch.tensor(patchify(images, self.model.patch)) @ p["W_E"] + p["b_E"]
+        X = patches @ p["W_E"] + p["b_E"]
         B, N, d = X.shape
         for i, (_, mlp) in enumerate(self.model.layers):
             q = {k.rsplit(".", 1)[1]: v for k, v in p.items() if k.startswith(f"layers.{i}.")}
@@ -72,24 +74,30 @@ class TorchMuon:
                 start += count
 
 
-def torch_step(run, attention, images, labels):
+def torch_step(run, attention, images, labels, mode=None):
+    """One step of the PyTorch model as a function that returns the loss, a tensor.
+
+    mode: of `torch.compile`; None for eager.
+    """
     model = TorchModel(run, attention)
+    forward = torch.compile(model.__call__, mode=mode) if mode else model
     names = [
         k for k in model.p if k.startswith("layers.") and model.p[k].ndim > 1 and "alpha" not in k
     ]
     muon = TorchMuon([model.p[k] for k in names])
     adam = torch.optim.AdamW([p for k, p in model.p.items() if k not in names], lr=1e-5)
-    labels = torch.tensor(labels.astype(np.int64))
+    patches = torch.tensor(np.ascontiguousarray(patchify(to_cpu(images), run.model.patch)))
+    labels = torch.tensor(to_cpu(labels).astype(np.int64))
 
     def step():
-        loss = functional.cross_entropy(model(images), labels)
+        loss = functional.cross_entropy(forward(patches), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(model.p.values()), 1.0)
         muon.step(1e-5)
         adam.step()
         for p in model.p.values():
             p.grad = None
-        return float(loss.detach())
+        return loss.detach()
 
     return step
 
@@ -108,7 +116,7 @@ def step(threads, repeats):
         choices = peers.PEERS if attention == "osa" else {"fused softmax": peers.fused_softmax}
         for name, f in choices.items():
             competitors[f"PyTorch, {name}"] = torch_step(run, f, images, labels)
-        first = {name: f() for name, f in competitors.items() if name != "ours"}
+        first = {name: float(f()) for name, f in competitors.items() if name != "ours"}
         own = float(run.gradients(images, labels)[0])
         assert all(abs(loss - own) < 1e-3 * own for loss in first.values()), (own, first)
         times = {}

@@ -21,18 +21,22 @@ counts = {"to_device": 0, "to_host": 0, "waits": 0}
 
 # Public callables and types of NumPy 2.4 that CuPy 14.0.1 lacks, found by comparing dir() of both.
 MISSING = frozenset(
-    """asmatrix block bmat bytes_ char character clongdouble ctypeslib cumulative_prod
-    cumulative_sum datetime64 dtypes einsum_path emath errstate flexible frompyfunc fromregex
-    geomspace getbufsize geterr geterrcall histogram_bin_edges insert isdtype isnat longdouble ma
-    matrix matrix_transpose matvec memmap nanpercentile nanquantile ndenumerate nditer nested_iters
-    object_ polyder polydiv polyint rec recarray record setbufsize seterr seterrcall spacing str_
-    strings timedelta64 unstack vecdot vecmat void""".split()
+    """asmatrix block bmat busday_count busday_offset busdaycalendar bytes_ char character
+    clongdouble complex256 ctypeslib cumulative_prod cumulative_sum datetime64 datetime_as_string
+    datetime_data dtypes einsum_path emath errstate flexible float128 frompyfunc fromregex
+    geomspace get_include getbufsize geterr geterrcall histogram_bin_edges info insert is_busday
+    isdtype isnat longdouble ma matrix matrix_transpose matvec memmap nanpercentile nanquantile
+    ndenumerate nditer nested_iters object_ polyder polydiv polyint rec recarray record setbufsize
+    seterr seterrcall show_runtime spacing str_ strings test timedelta64 unstack vecdot vecmat
+    void""".split()
 )
 MISSING_LINALG = frozenset(
-    """diagonal matmul matrix_norm matrix_transpose multi_dot outer svdvals tensordot trace vecdot
-    vector_norm""".split()
+    """diagonal matmul matrix_norm matrix_transpose multi_dot outer svdvals tensordot test trace
+    vecdot vector_norm""".split()
 )
-MISSING_METHODS = frozenset("byteswap ctypes data getfield resize setfield setflags".split())
+MISSING_METHODS = frozenset(
+    "byteswap ctypes data getfield resize setfield setflags to_device".split()
+)
 
 
 def _unwrap(x):

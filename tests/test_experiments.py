@@ -1,0 +1,38 @@
+"""Every experiment runs in its quick form, and its figure is drawn from the committed results."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NAMES = "comparison", "depth", "propagation", "recall"
+
+
+def run(*arguments):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_quick_form_runs_and_draws(name):
+    for old in (ROOT / "runs" / "quick").glob(f"{name}*"):
+        old.unlink()  # finished jobs are not repeated
+    done = run(f"experiments/{name}.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    for suffix in (".csv", ".png"):
+        assert (ROOT / "runs" / "quick" / (name + suffix)).stat().st_size > 200
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mnist"])
+def test_the_figure_is_drawn_from_committed_results(name, tmp_path):
+    """In a copy, so that the committed figure stays as it is."""
+    folder = tmp_path / "experiments"
+    (folder / "results").mkdir(parents=True)
+    for file in [*(ROOT / "experiments").glob("*.py"), *(ROOT / "experiments/results").glob("*.*")]:
+        if file.suffix != ".png":
+            (folder / file.relative_to(ROOT / "experiments")).write_bytes(file.read_bytes())
+    done = run(str(folder / f"{name}.py"), "--draw")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "results" / f"{name}.png").stat().st_size > 10_000

@@ -1,0 +1,263 @@
+"""The GPU door: the same training on both devices, no waiting, and the promises of "products"."""
+
+import functools
+import importlib
+import math
+import types
+import warnings
+
+import numpy as np
+import pytest
+import refusing
+from conftest import GPU, WHY
+
+import autograd as ag
+import baselines
+import optimizers
+import osa_minimal as osa
+import products
+import train
+
+EPS = {np.float32: np.finfo(np.float32).eps, np.float64: np.finfo(np.float64).eps}
+each_dtype = pytest.mark.parametrize("dtype", EPS, ids=["float32", "float64"])
+
+
+@pytest.fixture(params=["refusing", "cupy"])
+def device(request):
+    """A module whose arrays live elsewhere; see `xp` in conftest.py."""
+    if request.param == "cupy" and GPU is np:
+        pytest.skip(WHY)
+    return {"refusing": refusing, "cupy": GPU}[request.param]
+
+
+# ------------------------------------------------------------------------------------ both devices
+
+
+@functools.cache
+def training_losses(xp, patch, steps):
+    """Losses of a small model trained in float64 with Muon and AdamW, from one seed."""
+    rng = np.random.default_rng(3)
+    images, labels = rng.standard_normal((2, 8, 12, 12)), rng.integers(0, 4, (2, 8))
+    model = baselines.Transformer(
+        d=12, heads=3, depth=2, patch=patch, image=12, classes=4, mlp_ratio=2, eta=0.4,
+        rng=np.random.default_rng(0), xp=xp, dtype=np.float64,
+    )  # fmt: skip
+    train.calibrate(model, xp.asarray(images[0]), 0.5)
+    config = train.Config()
+    updates = train.make_optimizers(config, model.parameters)
+    losses = []
+    for step in range(steps):
+        x, y = (xp.asarray(a[step % 2]) for a in (images, labels))
+        loss = ag.cross_entropy(model(x), y)
+        loss.backward()
+        optimizers.clip_gradients(model.parameters, config.clip)
+        for optimizer, lr in updates:
+            optimizer.step(lr, step + 1)
+        for p in model.parameters.values():
+            p.grad = None
+        losses.append(float(loss.data))
+    return np.array(losses)
+
+
+# 9 tokens of width 4: "gram" on a CPU; 4 tokens: S itself.  On a GPU both are route "products".
+@pytest.mark.parametrize("patch", [4, 6], ids=["N > 2 d_v", "N < 2 d_v"])
+def test_training_takes_the_same_course_on_every_device(patch, device):
+    steps = 50
+    expected = training_losses(np, patch, steps)
+    assert expected[-1] < 0.9 * expected[0]  # something was learnt
+    # Rounding, 1e-16 at first, is amplified by training itself: two CPU routes differ as much.
+    np.testing.assert_allclose(training_losses(device, patch, steps), expected, rtol=1e-9)
+
+
+ARMS = {
+    "osa": [],
+    "long sequences": "--patch 2 --width 16".split(),
+    "adamw": ["--optimizer", "adamw"],
+    "softmax with skips": "--attention softmax --skip --norm".split(),
+    "xsa": ["--attention", "xsa"],
+    "identity": ["--attention", "identity"],
+    "fixed-orthogonal": ["--attention", "fixed-orthogonal"],
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A data set of random images."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "small.npz"
+    x, y = rng.integers(0, 256, (160, 14, 14), np.uint8), rng.integers(0, 10, 160, np.uint8)
+    np.savez(path, x_train=x[:120], y_train=y[:120], x_test=x[120:], y_test=y[120:])
+    return str(path)
+
+
+@pytest.fixture(params=ARMS)
+def run(request, device, small):
+    """A run on a device, in the middle of an epoch: order and offsets are moved at the start."""
+    options = "--preset tiny --limit-data 100 --batch-size 10 --data".split()
+    config, args, _ = train.parse([*options, small, *ARMS[request.param]])
+    run = train.Run(config, args, device, "a device")
+    run.train_step()
+    yield run
+    run.pool.shutdown()
+
+
+def test_a_training_step_moves_nothing_and_never_waits(run):
+    if run.xp is refusing:
+        before = dict(refusing.counts)
+        for _ in range(3):
+            run.train_step()
+        assert refusing.counts == before
+        return
+    cupyx = importlib.import_module("cupyx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy calls this deprecated, and has nothing in its place
+        with cupyx.allow_synchronize(False):
+            for _ in range(3):
+                run.train_step()  # else DeviceSynchronized
+
+
+def test_numbers_beside_tensors_are_no_transfers(xp):
+    x = ag.Tensor(xp.asarray(np.ones(3)), requires_grad=True)
+    before = dict(refusing.counts)
+    y = 2 - 3 * (x + 1) / 2
+    assert refusing.counts == before and y.dtype == np.float64
+    assert ag.to_cpu(y.data).tolist() == [-1, -1, -1]
+
+
+# -------------------------------------------------------------------------------- route "products"
+
+
+def test_auto_is_products_on_a_device_and_waits_for_nothing(rng):
+    Q, K, V = (refusing.asarray(rng.standard_normal((2, 3, 16, 2))) for _ in range(3))
+    alpha = refusing.asarray(np.full((3, 1, 1), 0.3))
+    osa.osa_forward(Q, K, V, alpha)  # moves Taylor's coefficients there, once
+    before = dict(refusing.counts)
+    O, saved = osa.osa_forward(Q, K, V, alpha)
+    osa.osa_backward(O, saved)
+    osa.attention_matrix(Q, K, alpha)
+    assert refusing.counts == before
+    np.testing.assert_array_equal(O.get(), osa.osa_forward(Q, K, V, alpha, "products")[0].get())
+
+
+@each_dtype
+@pytest.mark.parametrize("N", [5, 20])
+def test_beyond_its_norm_products_gives_nan_and_below_the_right_numbers(N, dtype, rng, xp):
+    Q, K, V = rng.standard_normal((3, 6, N, 3)).astype(dtype)
+    norms = np.array([0, 1, 1000, 5000, 1e6, 1e30])
+    largest = np.linalg.norm(osa.skew_scores(Q, K, 1.0).astype(float), 2, axis=(-2, -1))
+    alpha = (norms / largest).astype(dtype)[:, None, None]
+    arrays = [xp.asarray(a) for a in (Q, K, V, alpha)]
+    O, saved = osa.osa_forward(*arrays, "products")
+    gradients = [ag.to_cpu(g) for g in osa.osa_backward(arrays[2], saved)]
+    for result in (ag.to_cpu(O), *gradients):
+        whole = np.isnan(result).all(axis=(-2, -1))
+        assert whole.tolist() == [False, False, False, True, True, True]
+        assert np.isfinite(result[:3]).all()  # the others of the batch are not touched
+    for i in range(3):
+        exact = osa.osa_dense(*(a[i].astype(float) for a in (Q, K, V)), float(alpha[i, 0, 0]))
+        # c n eps max(1, ‖S‖), as in test_osa.py
+        tol = 3 * (N + 10) * EPS[dtype] * max(1, norms[i])
+        np.testing.assert_allclose(ag.to_cpu(O)[i], exact, rtol=0, atol=tol)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_spoilt_entry_spoils_its_own_matrix_only(value, rng):
+    Q, K, V = rng.standard_normal((3, 2, 20, 3))
+    Q[1, 4, 2] = value
+    arrays = [refusing.asarray(a) for a in (Q, K, V)]  # a device: nobody looks at the entries
+    with np.errstate(invalid="ignore"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.linalg, "cholesky", silent_cholesky)
+        O = osa.osa_forward(*arrays, 0.1)[0].get()
+    assert np.isfinite(O[0]).all() and np.isnan(O[1]).all()
+
+
+CHOLESKY = np.linalg.cholesky
+
+
+def silent_cholesky(A):
+    """As CuPy's: where the factorisation fails, what was there comes back, and no error."""
+    flat = A.reshape(-1, *A.shape[-2:]).copy()
+    for M in flat:
+        try:
+            M[...] = CHOLESKY(M)
+        except np.linalg.LinAlgError:
+            M[...] = np.tril(M)
+    return flat.reshape(A.shape)
+
+
+def test_a_failed_factorisation_gives_nan(rng, monkeypatch):
+    P = rng.standard_normal((2, 20, 4))
+
+    def fails_for_the_second(A):
+        L = CHOLESKY(A)
+        L[1] = np.tril(A[1])
+        return L
+
+    monkeypatch.setattr(np.linalg, "cholesky", fails_for_the_second)
+    B = products.cholesky_basis(P)
+    assert np.isfinite(B[0]).all() and np.isnan(B[1]).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("smallest", [1, 1e-2, 1e-5])
+def test_the_cholesky_basis_is_orthonormal_and_spans_the_columns(smallest, dtype, rng, xp):
+    U, _, Wt = np.linalg.svd(rng.standard_normal((3, 40, 6)), full_matrices=False)
+    P = (U * np.geomspace(1, smallest, 6) @ Wt * [1, 1e4, 1e-4, 1, 1, 1]).astype(dtype)
+    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))).astype(float)
+    tol = 8 * 50 * EPS[dtype]
+    np.testing.assert_allclose(B.swapaxes(-1, -2) @ B - np.eye(6), 0, rtol=0, atol=tol)
+    size = np.linalg.norm(P, axis=-2, keepdims=True)  # column by column: their scales differ
+    np.testing.assert_allclose((B @ (B.swapaxes(-1, -2) @ P) - P) / size, 0, rtol=0, atol=tol)
+
+
+@each_dtype
+@pytest.mark.parametrize("tokens", ["zeros", "one column", "equal tokens", "tiny", "huge"])
+def test_the_cholesky_basis_keeps_what_there_is_of_a_deficient_matrix(tokens, dtype, rng, xp):
+    P = rng.standard_normal((40, 6))
+    if tokens == "zeros":
+        P = 0 * P
+    elif tokens == "one column":
+        P[:, 1:] = P[:, :1]
+    elif tokens == "equal tokens":
+        P[:] = P[:1]
+    else:
+        P *= 1e-30 if tokens == "tiny" else 1e30  # squares leave float32's range
+    P = P.astype(dtype)
+    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))).astype(float)
+    assert np.linalg.norm(B, 2) < 1 + 1e-5
+    size = max(np.linalg.norm(P.astype(float), 2), 1e-300)
+    np.testing.assert_allclose((B @ (B.T @ P) - P) / size, 0, rtol=0, atol=400 * EPS[dtype])
+
+
+def test_a_norm_out_of_reach_ends_training_with_a_message_at_the_next_row(small, tmp_path):
+    options = "--preset tiny --limit-data 100 --batch-size 10 --data".split()
+    config, args, _ = train.parse([*options, small])
+    run = train.Run(config, args, refusing, "a device")
+    run.log_every = args.log_every = 2
+    for name, p in run.parameters.items():
+        if name.endswith(".alpha"):
+            p.data = p.data * 1e6
+    with pytest.raises(FloatingPointError, match="NaN.* at step 2"):
+        run.train(tmp_path, types.SimpleNamespace(signal=None))
+    run.pool.shutdown()
+    assert math.isfinite(run.seconds) and not (tmp_path / "checkpoint.npz").exists()
+
+
+# ------------------------------------------------------------------------------------ the stand-in
+
+
+def public(module):
+    return {name for name in dir(module) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("part", ["functions", "linalg", "arrays"])
+def test_what_the_stand_in_offers_cupy_has(part):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cupy = pytest.importorskip("cupy", reason="CuPy is not installed")  # no GPU is needed
+    numpy, stand_in, real = {
+        "functions": (np, refusing, cupy),
+        "linalg": (np.linalg, refusing.linalg, cupy.linalg),
+        "arrays": (np.ndarray, refusing.asarray(np.ones((1, 1))), cupy.ndarray),
+    }[part]
+    names = {n for n in public(numpy) if part == "arrays" or callable(getattr(numpy, n))}
+    assert {name for name in names if hasattr(stand_in, name)} <= public(real)
