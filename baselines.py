@@ -42,9 +42,15 @@ softmax_attention = ag.operator(softmax_forward, softmax_backward)
 class Softmax(MultiHeadOSA):
     """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762)."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        del self.parameters["alpha"]
+    def __init__(self, d, heads, rng, xp=np, dtype=np.float32):
+        if heads == 1:  # OSA alone needs two: W_Q and W_K are orthogonal each, not [W_Q, W_K]
+            W_Q, W_K, W_V, W_O = (random_orthogonal(d, d, rng, dtype) for _ in range(4))
+            init = {"W_QK": np.concatenate([W_Q, W_K], axis=1)[None], "W_V": W_V, "W_O": W_O}
+            self.heads = heads
+            self.parameters = {k: Tensor(xp.asarray(a), True) for k, a in init.items()}
+        else:
+            super().__init__(d, heads, rng, xp, dtype)
+            del self.parameters["alpha"]
 
     def attend(self, F):
         return softmax_attention(F)
@@ -62,12 +68,12 @@ class XSA(Softmax):
         return y - v * ((y * v).sum(axis=-1, keepdims=True) / norm2)
 
 
-class Identity(MultiHeadOSA):
+class Identity(Softmax):
     """No mixing between tokens at all: O = V."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        del self.parameters["alpha"], self.parameters["W_QK"]
+        del self.parameters["W_QK"]
 
     def project(self, X):
         """V (B, h, N, d_v) alone."""

@@ -138,7 +138,7 @@ def reading(path, error_class, expected):
     try:
         yield
     except Exception as error:  # zipfile, gzip, zlib, lzma, NumPy and json raise many classes
-        what = next(iter(str(error).splitlines()), "")
+        what = next(iter(str(error).splitlines()), "")[:200]  # a name can be all of the file
         if isinstance(error, OSError) and error.filename:  # it could not be opened
             what = error.strerror
         elif type(error) is not ValueError:

@@ -5,6 +5,8 @@ Parameters are a dict name -> Tensor.  State is a dict name -> array, for checkp
 
 import math
 
+import numpy as np
+
 from autograd import array_module
 
 
@@ -20,16 +22,33 @@ def gradient_norm(parameters):
     """‖·‖₂ of all gradients together, a 0-d array on their device."""
     grads = [p.grad for p in parameters.values()]
     xp = array_module(*grads)
-    return xp.sqrt(xp.stack([(g * g).sum() for g in grads]).sum())
+    with np.errstate(over="ignore"):  # Inf is an answer
+        return xp.sqrt(xp.stack([(g * g).sum() for g in grads]).sum())
 
 
 def clip_gradients(parameters, largest):
-    """Scales all gradients to a joint norm of at most `largest`; returns the norm before."""
+    """Scales all gradients to a joint norm of at most `largest`; returns the norm before.
+
+    Raises FloatingPointError for a norm that is NaN or Inf, which would turn all gradients to 0; on
+    a GPU, where it would have to wait, they turn to NaN instead and the loss will show it.
+    """
     norm = gradient_norm(parameters)
-    factor = array_module(norm).minimum(1, largest / (norm + 1e-12))
+    if array_module(norm) is np and not math.isfinite(norm):
+        raise FloatingPointError("the norm of the gradients is NaN or Inf")
+    factor = array_module(norm).minimum(1, largest / (norm + 1e-12)) + 0 * norm
     for p in parameters.values():
         p.grad = p.grad * factor
     return norm
+
+
+def _check(parameters, t):
+    """Raises ValueError for t < 1 and for a gradient that is missing or of another shape."""
+    if not t >= 1:
+        raise ValueError(f"t counts the updates from 1, got {t}")
+    for name, p in parameters.items():
+        shape = getattr(p.grad, "shape", None)
+        if shape != p.shape:
+            raise ValueError(f"the gradient of {name} has shape {shape}, the parameter {p.shape}")
 
 
 class AdamW:
@@ -45,6 +64,7 @@ class AdamW:
 
     def step(self, lr, t):
         """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
+        _check(self.parameters, t)
         b1, b2 = self.betas
         for name, p in self.parameters.items():
             g, m, v = p.grad, self.state[f"{name}.m"], self.state[f"{name}.v"]
@@ -101,7 +121,8 @@ class Muon:
             self.groups.setdefault(p.shape[-2:], []).append(name)
 
     def step(self, lr, t):
-        """One update with learning rate `lr`."""
+        """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
+        _check(self.parameters, t)
         for (n, m), names in self.groups.items():
             directions, weights = [], []
             for name in names:

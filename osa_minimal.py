@@ -76,6 +76,8 @@ def frechet_skew(S, E):
 def skew_eigh(S):
     """λ (..., n) ascending and U (..., n, n) with iS = U diag(λ) Uᴴ."""
     _check_float("S", S, min_ndim=2)
+    if S.shape[-1] != S.shape[-2]:
+        raise ValueError(f"S must be square, got shape {S.shape}")
     _check_finite("S", S)
     rounding = 8 * S.shape[-1] * float(np.finfo(S.dtype).eps)
     if array_module(S) is np and S.size and abs(S + _T(S)).max() > rounding * abs(S).max():
@@ -235,8 +237,9 @@ def orthonormal_basis(M, method="qr", steps=30):
     *batch, N, r = M.shape
     if N <= r:
         return xp.broadcast_to(xp.eye(N, dtype=M.dtype), (*batch, N, N))
-    norm = xp.sqrt((M * M).sum(axis=(-2, -1), keepdims=True))
-    B = M / xp.where(norm == 0, M.dtype.type(1), norm)
+    largest = abs(M).max(axis=(-2, -1), keepdims=True)  # first, so that no square underflows
+    B = M / xp.where(largest == 0, M.dtype.type(1), largest)
+    B = B / xp.sqrt(xp.maximum((B * B).sum(axis=(-2, -1), keepdims=True), 1))
     for _ in range(steps):
         B = 1.5 * B - 0.5 * B @ (_T(B) @ B)
     return B

@@ -47,19 +47,15 @@ class Log:
             self.writer = csv.DictWriter(self.file, self.COLUMNS)
         self.first_step, self.first_seconds = run.step, run.seconds
         self.terminal = sys.stdout.isatty()
-        self.clear()
-
-    def clear(self):
-        self.loss = self.right = self.count = 0
 
     def add(self, loss, right):
         # Sums stay on the device: float() would make the host wait for it at every step.
-        self.loss, self.right, self.count = self.loss + loss, self.right + right, self.count + 1
+        self.run.sums = [a + b for a, b in zip(self.run.sums, (loss, right, 1))]
 
     def row(self, factor, norm, validation, s_norm, error):
         run = self.run
-        loss = float(self.loss) / self.count
-        train = float(self.right) / self.count / run.batch_size
+        loss, right, count = map(float, run.sums)
+        loss, train = loss / count, right / count / run.batch_size
         values = (run.step, run.step / run.steps_per_epoch, factor * run.optimizers[-1][1], loss,
                   train, validation, norm, s_norm, error, run.seconds)  # fmt: skip
         self.writer.writerow({k: f"{v:.7g}" for k, v in zip(self.COLUMNS, values)})
@@ -77,7 +73,7 @@ class Log:
             end="" if self.terminal else "\n",
             flush=True,
         )
-        self.clear()
+        run.sums = [0, 0, 0]
 
     def close(self):
         if self.terminal:

@@ -5,6 +5,7 @@
     python train.py --attention softmax --skip --norm       a baseline: the usual ViT
     python train.py --resume runs/NAME       goes on with a stopped run
     python train.py --eval runs/NAME/checkpoint.npz         test accuracy of a trained model
+    mpiexec -n 4 python train.py             the main job on four machines, or four graphics cards
 
 Every run writes a folder with config.json, metrics.csv, summary.json, checkpoint.npz, curves.png.
 """
@@ -38,6 +39,7 @@ import autograd as ag  # noqa: E402
 import baselines  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import machines  # noqa: E402
 import optimizers  # noqa: E402
 import report  # noqa: E402
 from osa_minimal import attention_matrix, calibrate_alpha, rotation_angles  # noqa: E402
@@ -100,7 +102,7 @@ CHOICES = {
 POSITIVE = ("depth", "width", "heads", "patch", "mlp_ratio", "epochs", "batch_size", "eta", "clip")
 NOT_NEGATIVE = ("s_norm", "lr", "adam_lr", "alpha_lr", "weight_decay", "warmup", "shift",
                 "limit_data", "seed")  # fmt: skip
-LARGEST = {"depth": 1000, "width": 16384, "mlp_ratio": 1024}  # mistyped beyond
+LARGEST = {"depth": 1000, "width": 16384, "mlp_ratio": 1024, "s_norm": 1e6}  # mistyped beyond
 FILES = ("config.json", "metrics.csv", "summary.json", "checkpoint.npz", "curves.png")
 PATHS = ("data", "out", "resume", "eval", "export")
 
@@ -151,7 +153,7 @@ def parse(arguments):
     parser.add_argument("--data", metavar="PATH", help="an .npz file or a folder of IDX files")
     parser.add_argument("--max-steps", type=positive_int, metavar="N",
                         help="stop early; the schedule stays that of the full run")  # fmt: skip
-    parser.add_argument("--log-every", type=positive_int, default=50, metavar="N")
+    parser.add_argument("--log-every", type=positive_int, metavar="N", help="default 50")
     parser.add_argument("--out", metavar="DIR", help="default runs/PRESET-TIME")
     parser.add_argument("--resume", metavar="DIR", help="the folder of a stopped run")
     parser.add_argument("--eval", metavar="CHECKPOINT")
@@ -179,7 +181,7 @@ def check_values(config):
         if name in NOT_NEGATIVE and not 0 <= value < math.inf:
             raise UserError(f"{option} must be 0 or more, and finite, got {value}")
         if value > LARGEST.get(name, math.inf):
-            raise UserError(f"{option} must be at most {LARGEST[name]:,}, got {value}")
+            raise UserError(f"{option} must be at most {LARGEST[name]:,.0f}, got {value}")
     for name in ("preset", "attention", "optimizer"):
         if getattr(config, name) not in CHOICES[name]:
             raise UserError(f"--{name} must be one of {', '.join(CHOICES[name])}")
@@ -292,20 +294,25 @@ class Stop:
         self.signal = number
 
 
+# What a checkpoint's record holds besides the configuration; the first versions wrote no LATER.
+LATER = {"threads": 1, "digest": 0, "log_every": 50, "statistics": [0.0, 1.0], "sums": [0.0] * 3}
 PROGRESS = {"step": int, "seconds": float, "worst_error": float, "largest_s": float}
 
 
 class Run:
     """One training run: model, data, optimisers, and the folder it writes to."""
 
-    def __init__(self, config, args, xp, device, saved=None):
+    def __init__(self, config, args, xp, device, saved=None, ranks=None):
         self.config, self.args, self.xp, self.device = config, args, xp, device
+        self.ranks = ranks or machines.Ranks()
+        meta = saved[1] if saved else {}
         dataset = data.load(args.data)
         x, y, x_val, y_val = data.split(
             dataset, limit=config.limit_data or None, rng=np.random.default_rng([config.seed, 1])
         )
-        mean, std = data.statistics(x)
-        self.standardise = lambda images: data.standardise(images, mean, std)
+        # Of the images that the model was trained on, whatever --eval --data says.
+        self.statistics = meta.get("statistics") or data.statistics(x)
+        self.standardise = lambda images: data.standardise(images, *self.statistics)
         if config.shift >= x.shape[1]:
             raise UserError(
                 f"--shift must be less than the image's {x.shape[1]} pixels, got {config.shift}"
@@ -316,12 +323,15 @@ class Run:
         self.x, self.y, self.x_val, self.y_val = map(xp.asarray, (x_padded, y, x_val, y_val))
         self.x_test, self.y_test = dataset.x_test, dataset.y_test
         self.batch_size = min(config.batch_size, len(x))
+        if self.batch_size < self.ranks.size:
+            raise UserError(f"{self.ranks.size} ranks need a --batch-size of at least as many")
         self.steps_per_epoch = len(x) // self.batch_size
         self.steps = config.epochs * self.steps_per_epoch
 
         # One replica of the model per thread; they share the arrays of the first one's parameters.
-        self.threads = 1 if xp is not np else args.threads or os.cpu_count() or 1
-        self.threads = min(self.threads, self.batch_size)  # more would have no image
+        cores = max(1, (os.cpu_count() or 1) // self.ranks.neighbours)
+        self.threads = 1 if xp is not np else args.threads or cores
+        self.threads = min(self.threads, self.batch_size // self.ranks.size)  # one image for each
         size, classes = dataset.x_train.shape[1], dataset.classes
         self.replicas = [build(config, size, classes, xp) for _ in range(self.threads)]
         self.model = self.replicas[0]
@@ -330,6 +340,8 @@ class Run:
         self.optimizers = make_optimizers(config, self.parameters)
         self.measures = any(k.endswith(".alpha") for k in self.parameters)  # S exists
         self.step, self.seconds, self.worst_error, self.largest_s = 0, 0.0, 0.0, 0.0
+        self.log_every = args.log_every or meta.get("log_every") or 50
+        self.sums = meta.get("sums") or [0, 0, 0]  # of the steps since the last row; see report.Log
         if saved is None:
             calibrate(self.model, self.batch()[0], config.s_norm)
         else:
@@ -375,32 +387,38 @@ class Run:
         progress = {k: getattr(self, k) for k in PROGRESS}
         path = self.args.data and os.path.abspath(self.args.data)
         meta = {"config": dataclasses.asdict(self.config), "progress": progress, "data": path,
-                "threads": self.threads, "digest": self.digest}  # fmt: skip
+                "threads": self.threads, "digest": self.digest, "statistics": self.statistics,
+                "log_every": self.log_every, "sums": [float(a) for a in self.sums]}  # fmt: skip
         checkpoint.save(folder / "checkpoint.npz", state, meta)
 
-    def batch(self):
-        """Images and labels of step `self.step`, in an order drawn from the seed and the epoch."""
+    def batch(self, rank=0, ranks=1):
+        """Images and labels of step `self.step`, in an order drawn from the seed and the epoch.
+
+        The whole batch, or the slice of one of several ranks.
+        """
         epoch, i = divmod(self.step, self.steps_per_epoch)
         if i == 0 or not hasattr(self, "order"):  # drawn on the CPU, moved once per epoch
             rng, n = np.random.default_rng([self.config.seed, 2, epoch]), len(self.x)
             self.order = self.xp.asarray(rng.permutation(n))
             self.offsets = self.xp.asarray(rng.integers(0, 2 * self.config.shift + 1, (n, 2)))
-        part = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        start, size = i * self.batch_size, self.batch_size
+        part = slice(start + size * rank // ranks, start + size * (rank + 1) // ranks)
         chosen = self.order[part]
         images = data.crops(self.x, chosen, self.offsets[part], self.size)
         return self.standardise(images), self.y[chosen]
 
     def gradients(self, images, labels):
-        """Fills `.grad` with those of the mean loss; returns the loss and the number right.
+        """Fills `.grad` with those of the loss; returns the loss and the number right.
 
-        Each thread takes its share of the batch on its own replica, as machines would: NumPy's
-        single calls are too short here to be worth dividing (a step takes 2/3 of the time).
+        The loss is these images' share of the mean over the batch.  Each thread takes some of them
+        on its own replica, as machines would: NumPy's single calls are too short here to be worth
+        dividing (a step takes 2/3 of the time).
         """
 
         def share_of(model, part):
             x, y = images[part], labels[part]
             logits = model(x)
-            loss = ag.cross_entropy(logits, y) * (len(y) / len(labels))
+            loss = ag.cross_entropy(logits, y) * (len(y) / self.batch_size)
             loss.backward()
             return loss.data, (logits.data.argmax(axis=1) == y).sum()
 
@@ -420,7 +438,8 @@ class Run:
 
     def train_step(self):
         """One update; loss, right answers, gradient norm (all on the device) and rate factor."""
-        loss, right = self.gradients(*self.batch())
+        loss, right = self.gradients(*self.batch(self.ranks.rank, self.ranks.size))
+        loss, right = self.ranks.sum_gradients(self.parameters, loss, right)
         norm = optimizers.clip_gradients(self.parameters, self.config.clip)
         factor = optimizers.schedule(
             self.step, self.steps, min(self.config.warmup, self.steps // 2)
@@ -435,6 +454,10 @@ class Run:
     def train(self, folder, stop):
         """Steps until the end, `--max-steps` or a signal; writes metrics.csv and checkpoints."""
         last = min(self.steps, self.args.max_steps or self.steps)
+        if self.ranks.rank:  # the first rank alone looks at the results and writes them
+            while self.step < last and not self.ranks.stopped(stop):
+                self.train_step()
+            return self.step >= last
         log, started = report.Log(folder, self), time.perf_counter() - self.seconds
         try:
             self.steps_until(last, log, started, folder, stop)
@@ -448,11 +471,11 @@ class Run:
 
     def steps_until(self, last, log, started, folder, stop):
         """The loop of `train`."""
-        while self.step < last and stop.signal is None:
+        while self.step < last and not self.ranks.stopped(stop):
             loss, right, norm, factor = self.train_step()
             log.add(loss, right)
             self.seconds = time.perf_counter() - started
-            if self.step % self.args.log_every == 0 or self.step == last:
+            if self.step % self.log_every == 0 or self.step == last:
                 if not math.isfinite(float(loss)):
                     raise FloatingPointError("the loss is NaN or Inf")
                 s_norm, error = probe(self.model, self.standardise(self.x_val[:16]))
@@ -535,9 +558,15 @@ def in_use(folder):
             raise UserError(f"{folder} is in use by another run") from None
         except OSError:
             pass  # a file system without locks
+        for half in folder.glob("checkpoint.npz.*.tmp"):  # of a run killed while it saved
+            half.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)
+
+
+def kind(value):
+    return [type(v) for v in value] if isinstance(value, list) else type(value)
 
 
 def load_checkpoint(path, given):
@@ -553,8 +582,9 @@ def load_checkpoint(path, given):
         or {k: type(v) for k, v in progress.items()} != PROGRESS
         or not all(0 <= v < math.inf for v in progress.values())
         or type(meta.get("data")) not in (str, type(None))
-        or type(meta.get("threads", 1)) is not int
-        or meta.get("threads", 1) < 1
+        or any(kind(meta.get(k, form)) != kind(form) for k, form in LATER.items())
+        or not all(0 <= v < math.inf for k in LATER for v in np.ravel(meta.get(k, 0)))
+        or not meta.get("statistics", LATER["statistics"])[1] > 0
     ):
         raise UserError(f"{path} is not a checkpoint of this program")
     try:
@@ -580,14 +610,26 @@ def check_writable(path):
 
 
 def export(path, run):
-    """Writes the model's weights and configuration as safetensors."""
+    """Writes the weights, and all that another program needs to use them, as safetensors."""
     arrays = {k: ag.to_cpu(p.data) for k, p in run.parameters.items()}
-    metadata = {k: str(v) for k, v in dataclasses.asdict(run.config).items()}
+    mean, std = run.statistics
+    about = {"slope": run.model.layers[0][1].slope, "mean": mean, "std": std}
+    metadata = {k: str(v) for k, v in {**dataclasses.asdict(run.config), **about}.items()}
     checkpoint.export_safetensors(path, arrays, metadata)
     print(f"exported {path}")
 
 
 def main(arguments=None):
+    try:
+        ranks = machines.Ranks()
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    with ranks.ending_together():
+        return main_of(ranks, arguments)
+
+
+def main_of(ranks, arguments):
+    """`main` in one of several processes."""
     config, args, given = parse(arguments)
     ag.keep_freed_memory()
     saved = None
@@ -603,12 +645,17 @@ def main(arguments=None):
         # The same data and, as sums are rounded in another order by more threads, as many of them.
         args.data = args.data or saved[1].get("data")
         args.threads = args.threads or saved[1].get("threads")
+    if args.eval and ranks.rank:
+        return 0
+    if args.device != "cpu":
+        ranks.take_card()
     try:
         xp, device = ag.find_device(args.device)
     except RuntimeError as error:
         raise UserError(str(error)) from None
-    run = Run(config, args, xp, device, saved)
-    print(f"device {device}; {run.threads} threads")
+    run = Run(config, args, xp, device, saved, ranks)
+    each = f" in each of {ranks.size} ranks" if ranks.size > 1 else ""
+    print(f"device {device}; {run.threads} threads{each}")
 
     if args.eval:
         x, y = xp.asarray(run.x_test), xp.asarray(run.y_test)
@@ -617,6 +664,14 @@ def main(arguments=None):
             export(args.export, run)
         return 0
 
+    if ranks.size > 1:
+        start = zlib.crc32(b"".join(a.tobytes() for a in run.state().values()), run.digest)
+        if not ranks.agree(start):
+            raise UserError("the ranks do not begin with the same images and weights")
+    if ranks.rank:
+        with Stop() as stop:
+            run.train(None, stop)
+        return 0
     folder = check_folder(Path(args.resume)) if args.resume else new_folder(args, config)
     with in_use(folder):
         return work(run, folder)
@@ -628,7 +683,8 @@ def work(run, folder):
     count = sum(p.size for p in run.parameters.values())
     print(f"{config.attention}, {config.depth} layers, {count:,} parameters, {run.steps:,} steps")
     print(f"writing {folder}")
-    about = {"config": dataclasses.asdict(config), "data": args.data, **report.environment(run)}
+    about = {"config": dataclasses.asdict(config), "data": args.data,
+             "ranks": run.ranks.size, **report.environment(run)}  # fmt: skip
     if args.resume:
         if (folder / "metrics.csv").exists():
             report.read_metrics(folder / "metrics.csv")

@@ -236,3 +236,34 @@ def test_small_and_zero_gradients_are_not_changed_by_clipping(xp):
     assert float(optimizers.clip_gradients(parameters, 1.0)) == pytest.approx(0.5)
     assert (ag.to_cpu(parameters["b"].grad) == before).all()
     assert (ag.to_cpu(parameters["a"].grad) == 0).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [1e30, math.inf, math.nan])
+def test_gradients_whose_norm_is_not_finite_are_never_turned_to_zero(xp, value):
+    parameters = tensors(xp, {"a": np.ones(2, np.float32)})
+    parameters["a"].grad = xp.asarray(np.array([value, 1], np.float32))  # 1e30² overflows
+    if xp is np:
+        with pytest.raises(FloatingPointError, match="norm of the gradients"):
+            optimizers.clip_gradients(parameters, 1.0)
+    else:
+        with np.errstate(all="ignore"):
+            optimizers.clip_gradients(parameters, 1.0)
+        assert np.isnan(ag.to_cpu(parameters["a"].grad)).all()
+
+
+@pytest.mark.parametrize("kind", [optimizers.AdamW, optimizers.Muon])
+def test_a_step_0_and_gradients_of_another_shape_are_refused_by_name(xp, kind):
+    parameters = tensors(xp, {"W": np.eye(3)})
+    before = ag.to_cpu(parameters["W"].data).copy()
+    optimizer = kind(parameters)
+    parameters["W"].grad = xp.asarray(np.ones((3, 3)))
+    for t in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="t counts the updates from 1"):
+            optimizer.step(0.1, t)
+    for bad in (None, xp.asarray(np.ones(3)), xp.asarray(np.ones((1, 3)))):
+        parameters["W"].grad = bad
+        with pytest.raises(ValueError, match="the gradient of W has shape"):
+            optimizer.step(0.1, 1)
+    assert (ag.to_cpu(parameters["W"].data) == before).all()
+    assert all((ag.to_cpu(a) == 0).all() for a in optimizer.state.values())

@@ -28,6 +28,7 @@ import baselines
 import checkpoint
 import data
 import optimizers
+import osa_minimal
 import train
 
 ROOT = Path(train.__file__).parent
@@ -241,7 +242,10 @@ def test_export_is_a_safetensors_file_of_the_model_and_its_configuration(bundled
     assert set(arrays) == set(model)
     for name, a in arrays.items():
         assert a.shape == model[name].shape and a.tobytes() == model[name].tobytes(), name
-    assert metadata == {k: str(v) for k, v in meta["config"].items()}
+    mean, std = meta["statistics"]
+    slope = osa_minimal.tailored_slope(2, meta["config"]["eta"])
+    about = {**meta["config"], "mean": mean, "std": std, "slope": slope}
+    assert metadata == {k: str(v) for k, v in about.items()}
 
 
 def test_eval_exports_the_same_file_as_training(trained, small, tmp_path):
@@ -288,6 +292,22 @@ def test_two_steps_of_every_arm(attention, skip, norm, small, tmp_path):
     assert all(math.isfinite(float(row[k])) for row in rows for k in COLUMNS[:7])
     config = checkpoint.load(tmp_path / "checkpoint.npz")[1]["config"]
     assert (config["attention"], config["skip"], config["norm"]) == (attention, skip, norm)
+
+
+@pytest.mark.parametrize("attention", [name for name in baselines.ATTENTION if name != "osa"])
+def test_one_head_is_enough_for_every_attention_but_osa(attention, small, tmp_path):
+    arguments = ["--attention", attention, "--heads", 1, "--max-steps", 2]
+    succeed(*SMALL, "--data", small, *arguments, "--out", tmp_path)
+    arrays, _ = checkpoint.load(tmp_path / "checkpoint.npz")
+    assert json_of(tmp_path / "summary.json")["steps"] == 2
+    if attention in ("softmax", "xsa"):
+        assert arrays["model.layers.0.W_QK"].shape == (1, 16, 32)
+
+
+def test_with_one_head_the_query_and_key_weights_are_orthogonal_each(rng):
+    W = baselines.Softmax(16, 1, rng).parameters["W_QK"].data[0]
+    for half in (W[:, :16], W[:, 16:]):
+        assert abs(half.T @ half - np.eye(16)).max() < 16 * 1.2e-7
 
 
 def test_an_arm_without_rotations_reports_none_and_still_has_its_curves(small, tmp_path):
@@ -376,6 +396,41 @@ def test_the_seed_decides_the_first_weights_and_the_validation_images(small):
 def test_logging_does_not_change_the_weights(trained, small, tmp_path):
     succeed(*SMALL, "--log-every", 4, "--data", small, "--max-steps", 5, "--out", tmp_path / "a")
     assert weights(tmp_path / "a") == weights(trained)
+
+
+def test_rows_after_a_signal_average_as_many_steps_as_without_it(small, tmp_path, monkeypatch):
+    arguments = [*SMALL, "--log-every", 2, "--data", small]
+    succeed(*arguments, "--max-steps", 6, "--out", tmp_path / "whole")
+    clip, calls = optimizers.clip_gradients, []
+
+    def third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return clip(*args)
+
+    monkeypatch.setattr(optimizers, "clip_gradients", third)
+    assert cli(*arguments, "--out", tmp_path / "parts").code == 130
+    succeed("--resume", tmp_path / "parts", "--max-steps", 6, "--device", "cpu")  # and --log-every
+    rows, wanted = rows_of(tmp_path / "parts"), rows_of(tmp_path / "whole")
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in wanted]
+
+
+def test_other_images_are_standardised_as_the_training_images_were(trained, small, tmp_path):
+    arrays = dict(np.load(small))
+    np.savez(tmp_path / "dark.npz", **arrays | {"x_train": arrays["x_train"] // 4})
+    out = succeed("--eval", trained / "checkpoint.npz", "--data", tmp_path / "dark.npz")
+    accuracy = json_of(trained / "summary.json")["test_accuracy"]
+    assert f"test accuracy {accuracy:.2%}" in out  # the test images are the same
+
+
+def test_a_checkpoint_of_the_first_versions_is_still_read(trained, small, tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes((trained / path.name).read_bytes())
+    _meta(lambda meta: [meta.pop(k) for k in train.LATER if k != "threads"])(path)
+    succeed("--resume", tmp_path, "--max-steps", 6, "--device", "cpu")
+    assert checkpoint.load(path)[1]["progress"]["step"] == 6
 
 
 def test_a_finished_run_resumed_stays_as_it_was(trained, small):
@@ -547,7 +602,7 @@ REFUSED = {
             "depth": "0 -1", "width": "0", "heads": "0 -2", "patch": "0", "mlp-ratio": "0",
             "epochs": "0 -1", "batch-size": "0 -5", "eta": "0 -0.5 nan", "clip": "0 -1 nan",
             "lr": "-1 nan inf", "adam-lr": "-1 nan", "alpha-lr": "-1 nan", "weight-decay": "-1 nan",
-            "s-norm": "-1 nan inf", "warmup": "-1", "shift": "-1", "limit-data": "-1",
+            "s-norm": "-1 nan inf 1e300", "warmup": "-1", "shift": "-1", "limit-data": "-1",
             "seed": "-1",
         }.items()
         for value in values.split()
@@ -646,6 +701,10 @@ STRANGE = {
     "another depth": lambda meta: meta["config"].update(depth=3),
     "no progress": lambda meta: meta.pop("progress"),
     "an empty progress": lambda meta: meta.update(progress={}),
+    "a word for the logging interval": lambda meta: meta.update(log_every="five"),
+    "a negative deviation": lambda meta: meta.update(statistics=[0.1, -0.3]),
+    "no deviation": lambda meta: meta.update(statistics=[0.1, 0.0]),
+    "a sum too few": lambda meta: meta.update(sums=[1.0, 2.0]),
     "a word for the step count": lambda meta: meta["progress"].update(step="four"),
 }
 

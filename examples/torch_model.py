@@ -1,0 +1,59 @@
+"""The way out: the trained network as a PyTorch module of its own, without this repository.
+train.py --eval runs/NAME/checkpoint.npz --export model.safetensors    writes the file;
+model = SkiplessTransformer("model.safetensors")                       reads it;
+logits = model((images / 255 - model.mean) / model.std)                images (B, H, H), 0 … 255
+"""
+
+import math
+
+from safetensors import safe_open
+from torch import linalg, nn
+from torch.nn.functional import leaky_relu
+
+
+class Weights(nn.Module):
+    """A module whose parameters are the tensors of a dict."""
+
+    def __init__(self, weights):
+        super().__init__()
+        for name, w in weights.items():
+            self.register_parameter(name, nn.Parameter(w))
+
+
+class Layer(Weights):
+    """X ← MLP(M-OSA(X)), X (B, N, d): no skip connection, no normalisation."""
+
+    def forward(self, X, slope):
+        h, d, r = self.W_QK.shape
+        Q, K = (X[:, None] @ self.W_QK).chunk(2, dim=-1)  # (B, h, N, d_v) each
+        V = (X @ self.W_V).unflatten(-1, (h, d // h)).transpose(1, 2)
+        QKt = self.alpha / math.sqrt(r / 2) * (Q @ K.mT)
+        O = linalg.matrix_exp(QKt - QKt.mT) @ V  # the definition: N × N, cheap for few tokens
+        X = O.transpose(1, 2).flatten(2) @ self.W_O
+        gain = math.sqrt(2 * self.W_1.shape[1] / d / (1 + slope**2))
+        return gain * leaky_relu(X @ self.W_1 + self.b_1, slope) @ self.W_2 + self.b_2
+
+
+class SkiplessTransformer(nn.Module):
+    """Images (B, H, H) -> logits (B, classes), with the weights of an exported file."""
+
+    def __init__(self, path):
+        super().__init__()
+        with safe_open(path, "pt") as file:
+            about, weights = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+        if (about["attention"], about["skip"], about["norm"]) != ("osa", "False", "False"):
+            raise ValueError(f"{path} is no skipless OSA model")
+        self.patch = int(about["patch"])
+        self.slope, self.mean, self.std = (float(about[k]) for k in ("slope", "mean", "std"))
+        starts = [f"layers.{i}." for i in range(int(about["depth"]))]
+        parts = [{k[len(s) :]: w for k, w in weights.items() if k.startswith(s)} for s in starts]
+        self.layers = nn.ModuleList(Layer(part) for part in parts)
+        self.ends = Weights({k: w for k, w in weights.items() if "." not in k})
+
+    def forward(self, images):
+        p, ends = self.patch, self.ends
+        patches = images.unfold(1, p, p).unfold(2, p, p).flatten(3).flatten(1, 2)  # (B, N, p²)
+        X = patches @ ends.W_E + ends.b_E
+        for layer in self.layers:
+            X = layer(X, self.slope)
+        return X.mean(dim=1) @ ends.W_C + ends.b_C

@@ -1,0 +1,212 @@
+"""Mutated files for everything that reads one: `python tests/fuzz_readers.py 10000`.
+
+Each reader gets that many damaged copies of a good file: bits turned, bytes replaced, pieces cut,
+doubled, swapped or lengthened, numbers in headers replaced by extreme ones.  A reader either
+returns what is well formed or raises the program's own error of one line; it executes nothing, and
+takes no more memory than a few times the file.  A short form runs among the tests (test_fuzz.py).
+"""
+
+import argparse
+import gzip
+import json
+import pickle
+import random
+import struct
+import sys
+import tempfile
+import tracemalloc
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import report  # noqa: E402
+import train  # noqa: E402
+
+MEMORY = 8 * 2**20  # bytes; the files themselves are of some 10 kB
+EXTREME = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1]
+
+
+class Bomb:
+    """Unpickled, it would announce itself: a reader that unpickles is found out."""
+
+    def __reduce__(self):
+        return exploded, ()
+
+
+def exploded():
+    raise SystemExit("a reader executed code from a file")
+
+
+def mutated(raw, rng):
+    """A damaged copy of the bytes."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
+        at = rng.randrange(len(raw)) if raw else 0
+        kind = rng.randrange(8)
+        if not raw or kind == 0:
+            raw[at:at] = rng.randbytes(rng.choice([1, 4, 100]))
+        elif kind == 1:
+            raw[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            raw[at] = rng.choice([0, 10, 34, 57, 91, 123, 127, 128, 255])
+        elif kind == 3:
+            del raw[at:]
+        elif kind == 4:
+            del raw[at : at + rng.choice([1, 4, 64])]
+        elif kind == 5:
+            form = rng.choice(["<H", ">I", "<I", "<Q"])
+            number = rng.choice(EXTREME) % (1 << 8 * struct.calcsize(form))
+            raw[at : at + struct.calcsize(form)] = struct.pack(form, number)
+        elif kind == 6:  # a number in a text, as the headers of .npy and JSON have them
+            digits = [i for i, b in enumerate(raw) if 48 <= b <= 57]
+            if digits:
+                i = rng.choice(digits)
+                raw[i : i + 1] = str(rng.choice([*EXTREME, -1])).encode()
+        else:
+            other = rng.randrange(len(raw))
+            size = rng.choice([1, 8, 64])
+            raw[at : at + size] = raw[other : other + size]
+    return bytes(raw)
+
+
+def rezipped(raw, rng):
+    """The zip file with one member damaged and its checksum right: past zip's own defence."""
+    with tempfile.TemporaryFile() as before, tempfile.TemporaryFile() as after:
+        before.write(raw)
+        with zipfile.ZipFile(before) as old, zipfile.ZipFile(after, "w") as new:
+            unlucky = rng.choice(old.namelist())
+            for name in old.namelist():
+                content = old.read(name)
+                if name == unlucky:
+                    bomb = rng.randrange(20) == 0
+                    content = npy_of_pickle() if bomb else mutated(content, rng)
+                new.writestr(name, content)
+        after.seek(0)
+        return after.read()
+
+
+def npy_of_pickle():
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
+    header += b" " * (117 - len(header)) + b"\n"
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + pickle.dumps(Bomb())
+
+
+def regzipped(raw, rng):
+    return gzip.compress(mutated(gzip.decompress(raw), rng), 1)
+
+
+# ------------------------------------------------------------------------------------ the readers
+
+
+def good_arrays():
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 12), ("test", 5)):
+        arrays[f"x_{part}"] = rng.integers(0, 256, (n, 6, 6), dtype=np.uint8)
+        arrays[f"y_{part}"] = (np.arange(n) % 4).astype(np.uint8)
+    return arrays
+
+
+def good_idx(folder, end):
+    folder.mkdir()
+    opener = gzip.open if end else open
+    for key, a in good_arrays().items():
+        with opener(folder / (data.IDX[key] + end), "wb") as file:
+            file.write(struct.pack(f">{1 + a.ndim}I", 0x0800 | a.ndim, *a.shape) + a.tobytes())
+    return folder / (data.IDX["x_train"] + end)
+
+
+def read_data(path):
+    dataset = data.load(path)
+    for a in dataset[:4]:
+        assert a.dtype == np.uint8 and a.size
+    assert len(dataset.x_train) == len(dataset.y_train)
+
+
+def read_checkpoint(path):
+    config, arrays, _ = train.load_checkpoint(path, {})
+    assert isinstance(config, train.Config) and all(a.dtype.kind in "biuf" for a in arrays.values())
+
+
+def cases(folder):
+    """name: (good file, what reads it, ways to damage it)."""
+    np.savez(folder / "data.npz", **good_arrays())
+    np.savez_compressed(folder / "packed.npz", **good_arrays())
+    progress = {k: kind() for k, kind in train.PROGRESS.items()}
+    meta = {"config": train.dataclasses.asdict(train.Config()), "progress": progress, "data": None,
+            **train.LATER}  # fmt: skip
+    arrays = {"model.W": np.ones((3, 4), np.float32), "optimizer.m": np.zeros(5)}
+    checkpoint.save(folder / "checkpoint.npz", arrays, meta)
+    with open(folder / "metrics.csv", "w", encoding="utf-8") as file:
+        print(",".join(report.Log.COLUMNS), *(",".join(["1.5"] * 10) for _ in range(5)), sep="\n",
+              file=file)  # fmt: skip
+    plain, packed = good_idx(folder / "idx", ""), good_idx(folder / "gz", ".gz")
+    zips = [mutated, rezipped]
+    return {
+        "npz": (folder / "data.npz", read_data, zips),
+        "npz, compressed": (folder / "packed.npz", read_data, zips),
+        "IDX": (plain, lambda path: read_data(path.parent), [mutated]),
+        "IDX, gzip": (packed, lambda path: read_data(path.parent), [mutated, regzipped]),
+        "checkpoint": (folder / "checkpoint.npz", read_checkpoint, zips),
+        "metrics.csv": (folder / "metrics.csv", report.read_metrics, [mutated]),
+    }
+
+
+REFUSALS = (data.DataError, checkpoint.CheckpointError, train.UserError)
+
+
+def fuzz(count, seed=0, only=None):
+    """{reader: Counter of what happened}; raises AssertionError at the first bad answer."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (path, read, ways) in cases(Path(folder)).items():
+            if only and name not in only:
+                continue
+            good, seen = path.read_bytes(), Counter()
+            read(path)
+            rng = random.Random(f"{seed} {name}")
+            tracemalloc.start()
+            for i in range(count):
+                damaged = rng.choice(ways)(good, rng)
+                path.write_bytes(damaged)
+                tracemalloc.reset_peak()
+                start = tracemalloc.get_traced_memory()[0]
+                try:
+                    read(path)
+                    outcome = "read"
+                except REFUSALS as error:
+                    outcome = "refused"
+                    text = str(error)
+                    assert "\n" not in text and len(text) < 1000, (name, i, text[:300])
+                except BaseException:
+                    kept = Path(tempfile.gettempdir()) / f"fuzz-{name.replace(', ', '-')}-{i}"
+                    kept.write_bytes(damaged)
+                    print(f"{name}, file {i}: kept as {kept}", file=sys.stderr)
+                    raise
+                used = tracemalloc.get_traced_memory()[1] - start
+                assert used < MEMORY, (name, i, used)
+                seen[outcome] += 1
+                seen["peak kB"] = max(seen["peak kB"], used // 1024)
+            tracemalloc.stop()
+            path.write_bytes(good)
+            results[name] = seen
+    return results
+
+
+READERS = ("npz", "npz, compressed", "IDX", "IDX, gzip", "checkpoint", "metrics.csv")
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("count", type=int, nargs="?", default=10_000)
+    parser.add_argument("--reader", action="append", choices=READERS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for reader in options.reader or READERS:
+        seen = fuzz(options.count, options.seed, [reader])[reader]
+        print(f"{reader:16}", json.dumps(seen), flush=True)
