@@ -17,7 +17,7 @@ import sys
 import common
 
 DEPTHS = (2, 4, 8, 16, 32, 64, 128)
-STEPS = 120
+STEPS = 80
 RATES = (0.001, 0.003, 0.01)
 COMMON = {
     "optimizer": "muon", "mlp_ratio": 1, "eta": 0.5, "batch_size": 64, "warmup": 20, "shift": 0,

@@ -22,7 +22,7 @@ ARMS = {
     "identity mixing": {"attention": "identity"},
     "ViT: softmax, skips, LayerNorm": {"attention": "softmax", "skip": True, "norm": True},
 }
-HOPS, DEPTHS, RATES, STEPS = 3, (1, 2, 4), (0.003, 0.01), 1200
+HOPS, DEPTHS, RATES, STEPS = 3, (1, 2, 4), (0.01,), 1000
 COMMON = {"patch": 4, "shift": 0, "epochs": 4, "mlp_ratio": 2, "s_norm": 1.0, "alpha_lr": 0.01}
 ETA = {1: 0.25, 2: 0.4, 4: 0.4}  # a ReLU reaches no more than 0.32 in one layer
 

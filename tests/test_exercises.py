@@ -218,6 +218,52 @@ WRONG = {
         "    return operator(lambda x: (x[index], len(x)), backward)",
         "not the last of them",
     ),
+    "answer-06-1": (
+        "def terms(X, W_QK, W_V, alpha, all=terms):\n"
+        "    first, second, third = all(X, W_QK, W_V, alpha)\n"
+        "    each = [all(X, W_QK, W_V, a * (np.arange(len(alpha)) == i)[:, None, None])[1]\n"
+        "            for i, a in enumerate(alpha)]\n"
+        "    return first, np.sqrt(np.sum(np.square(each))), third",
+        "put the heads side by side before the norm is taken",
+    ),
+    "answer-06-2": (
+        "def wide(d, ratio, slope, rng, right=wide):\n"
+        "    return *right(d, ratio, slope, rng)[:2], np.sqrt(2 / (1 + slope**2))",
+        "where does the ratio enter the gain",
+    ),
+    "answer-06-3": (
+        "def centred_bound(X, W_QK, W_V, alpha):\n    C = X - X.mean(0)\n"
+        "    more = np.linalg.norm(X, 2) / np.linalg.norm(C, 2)\n"
+        "    return more * jacobian_bound(C, W_QK, W_V, alpha)",
+        "where does V stand in D",
+    ),
+    "answer-07-1": (
+        "def angle(a, l):\n    return 1 / (kappa(a) * l)",
+        "is the third of w.3/3 there",
+    ),
+    "answer-07-2": (
+        "def out_of_reach(eta, right=out_of_reach):\n    depth = right(eta)[0] + 1\n"
+        "    return depth, tailored_slope(depth, eta)",
+        "one layer fewer is enough",
+    ),
+    "answer-07-3": (
+        "def kappa_tied(a, m):\n    return kappa(a)",
+        "the usual MLP has",
+    ),
+    "answer-08-1": (
+        "def by_hand(N):\n    return 1 / np.sqrt(N), 1 / N, 0.0",
+        "before the part along v is removed",
+    ),
+    "answer-08-2": (
+        "def z_rows(V, theta):\n    Z = V.copy()\n"
+        "    Z[0], Z[1] = np.sin(theta) * V[1], -np.sin(theta) * V[0]\n    return Z",
+        "what does XSA then remove",
+    ),
+    "answer-08-3": (
+        "def exclusive(Q, K, V, alpha):\n    Y = osa_forward(Q, K, V, alpha)[0]\n"
+        "    return Y - (Y * V).sum(1, keepdims=True) / (V * V).sum(1, keepdims=True) * V",
+        "only rounding is left",
+    ),
     "answer-09-1": (
         "def noisy_rows(X, rng):\n    return noisy_rows_numpy(X, rng)",
         "on the stand-in for a GPU",
