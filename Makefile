@@ -97,6 +97,10 @@ clean:  ## remove caches; .venv and runs/ stay
 	$(BIN)/python -m pip install -r requirements-cuda$(CUDA).txt
 	touch $@
 
+.venv/mpi.stamp: requirements-mpi.txt .venv/setup.stamp
+	$(BIN)/python -m pip install -r requirements-mpi.txt
+	touch $@
+
 .venv/lint.stamp: Makefile | .venv/bin/python
 	$(BIN)/python -m pip install $(RUFF)
 	touch $@

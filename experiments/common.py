@@ -80,6 +80,8 @@ def run_all(path, jobs, processes):
                    for job in todo}  # fmt: skip
         for i, future in enumerate(as_completed(futures), 1):
             job = futures[future]
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
             row = {name: job.get(name, "") for name in names} | future.result()
             done[key(job, names)] = {k: str(v) for k, v in row.items()}
             print(f"{i}/{len(todo)}", *(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)

@@ -20,7 +20,7 @@ DEPTHS = (2, 4, 8, 16, 32, 64, 128)
 STEPS = 80
 RATES = (0.001, 0.003, 0.01)
 COMMON = {
-    "optimizer": "muon", "mlp_ratio": 1, "eta": 0.5, "batch_size": 64, "warmup": 20, "shift": 0,
+    "optimizer": "muon", "mlp_ratio": 1, "eta": 0.4, "batch_size": 64, "warmup": 20, "shift": 0,
     "alpha_lr": 0.0001, "s_norm": 0.05,
 }  # fmt: skip
 COLUMNS = ("step", "epoch", "train_loss", "validation_accuracy", "max_S_norm")

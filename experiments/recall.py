@@ -5,8 +5,9 @@
 A sample is a 12 x 12 "image" of nine 4 x 4 patches, nine tokens of 16 pixels: eight pairs of a key
 (one-hot, pixels 0 to 7) and a value (one-hot, pixels 8 to 15), each key once, in random order; then
 the query, one key without a value.  Values are keys too, each once.  The label after one hop is the
-value that stood with the query, after two hops the value that stood with that value, and so on.  No
-sum over single tokens tells anything about it: without mixing the best is chance, 1 in 8.
+value that stood with the query, after two hops the value that stood with that value, and so on.
+Without mixing the best answer to three hops is the query itself, right where it lies on a cycle of
+length 1 or 3, one time in 4.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def draw(path):
                 chosen[int(row["depth"])] = row if better else old
         x = sorted(chosen)
         axes.plot(x, [100 * float(chosen[d]["test"]) for d in x], marker=marker, label=arm)
-    axes.axhline(100 / PAIRS, color="0.5", ls=":", label="chance")
+    axes.axhline(25, color="0.5", ls=":", label="without mixing")
     axes.set(xlabel="layers", ylabel=f"test accuracy, {HOPS} hops, %", xticks=DEPTHS)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
