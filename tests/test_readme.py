@@ -34,7 +34,8 @@ def test_every_test_and_function_that_readme_names_exists():
     sources = "".join(
         p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
     )
-    rows = re.findall(r"^\| .* \| (.*) \| (.*) \|$", README, re.M)
+    table = README.partition("| equation | function | test |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| .* \| (.*) \| (.*) \|$", table, re.M)
     assert len(rows) >= 10
     for functions, tests in rows:
         for name in re.findall(r"`(\w+)`", tests):
@@ -49,7 +50,17 @@ def test_every_option_and_file_that_readme_names_exists():
         arguments = ["x" if a.isupper() or "/" in a else a for a in arguments]
         train.parse(arguments)
     for name in re.findall(r"`([\w./-]+\.(?:py|md|npz|txt))`", README):
-        assert (ROOT / name).exists() or name == "checkpoint.npz", name
+        assert (ROOT / name).exists() or name in ("checkpoint.npz", "INSTALL.txt"), name
+
+
+def test_every_notebook_and_function_of_the_reading_order_exists():
+    table = README.partition("| in the paper | notebook | code |")[2].partition("\n\n")[0]
+    sources = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("*.py"))
+    rows = re.findall(r"^\| .* \| (.*) \| (.*) \|$", table, re.M)
+    named = [name for notebooks, _ in rows for name in re.findall(r"`(\w+)`", notebooks)]
+    assert sorted(named) == sorted(p.stem for p in ROOT.glob("notebooks/*.ipynb"))
+    for name in re.findall(r"`(\w+)`", "".join(functions for _, functions in rows)):
+        assert re.search(rf"(def|class) {name}\b", sources), name
 
 
 def test_every_make_target_that_readme_names_exists():
