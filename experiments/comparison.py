@@ -24,7 +24,7 @@ ARMS = {
     "fixed orthogonal mixing": {"attention": "fixed-orthogonal"},
 }
 GRID = {"muon": (0.003, 0.01, 0.03, 0.1), "adamw": (0.0003, 0.001, 0.003, 0.01)}
-EPOCHS, SEEDS = {"muon": 3, "adamw": 2}, 5
+EPOCHS, SEEDS = {"muon": 3, "adamw": 2}, 3
 PAPER = {"OSA, skipless, in the paper": 97.2, "softmax, skipless, in the paper": 94.6}
 
 
