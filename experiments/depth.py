@@ -58,7 +58,7 @@ def best(rows):
         before = place.get(int(row["depth"]))
         if before is None or float(row["validation"]) > float(before["validation"]):
             place[int(row["depth"])] = row
-    return {arm: sorted(rows.items()) for arm, rows in chosen.items()}
+    return {arm: sorted(chosen[arm].items()) for arm in ARMS if arm in chosen}
 
 
 def long_runs(folder):
