@@ -24,7 +24,7 @@ test: .venv/setup.stamp  ## run the tests
 notebooks: .venv/setup.stamp  ## execute every notebook and check it
 	$(BIN)/python -m pytest tests/test_notebooks.py $(ARGS)
 
-experiments: .venv/setup.stamp  ## run every experiment behind README, three hours on two cores
+experiments: .venv/setup.stamp  ## run every experiment behind README (some hours)
 	$(BIN)/python experiments/propagation.py
 	$(BIN)/python experiments/mnist.py
 	$(BIN)/python experiments/comparison.py
