@@ -89,6 +89,12 @@ def run_all(path, jobs, processes):
     return [done[key(job, names)] for job in jobs]
 
 
+def best_rate(rows, job, names):
+    """The rate with the best validation accuracy among the rows that agree with `job` in `names`."""
+    some = [row for row in rows if key(row, names) == key(job, names)]
+    return max(some, key=lambda row: (row["validation"] != "nan", float(row["validation"])))["lr"]
+
+
 def key(row, names):
     return tuple(str(row.get(name, "")) for name in names)
 

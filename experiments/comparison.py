@@ -28,11 +28,6 @@ EPOCHS, SEEDS = 5, 5
 PAPER = {"OSA, skipless, in the paper": 97.2, "softmax, skipless, in the paper": 94.6}
 
 
-def best_rate(rows):
-    """The learning rate with the best validation accuracy; NaN is worst."""
-    return max(rows, key=lambda row: (row["validation"] != "nan", float(row["validation"])))["lr"]
-
-
 def experiment(path, processes, quick=False):
     """Rows of the tuning and of the final runs."""
     arms = dict(list(ARMS.items())[2:4]) if quick else ARMS
@@ -46,14 +41,13 @@ def experiment(path, processes, quick=False):
     ]  # fmt: skip
     tuned = common.run_all(path.with_name(path.stem + "_tuning.csv"), tuning, processes)
     final = []
-    for i, (arm, optimizer) in enumerate(pairs):
-        n = len(grid[optimizer])
-        lr = best_rate(tuned[n * i : n * (i + 1)])
+    for arm, optimizer in pairs:
+        job = {**arms[arm], "optimizer": optimizer}
+        lr = common.best_rate(tuned, job, ("attention", "skip", "optimizer"))
         final += [
-            {"arm": arm, **arms[arm], "optimizer": optimizer, "lr": lr, "seed": seed,
-             "epochs": EPOCHS, **size}
+            {"arm": arm, **job, "lr": lr, "seed": seed, "epochs": EPOCHS, **size}
             for seed in range(1 if quick else SEEDS)
-        ]  # fmt: skip
+        ]
     final.sort(key=lambda job: job["seed"])  # a stopped experiment has all arms
     return common.run_all(path, final, processes)
 

@@ -1,16 +1,20 @@
-"""Training against depth, and the network of 128 layers: depth.csv, depth_long.csv and depth.png.
+"""Training against depth, the network of 128 layers, and what makes it train.
 
     python experiments/depth.py [--processes 2] [--long] [--quick]
 
-Skipless OSA, skipless softmax and the ViT with skips and LayerNorm; width 64, MLP ratio 1, Muon,
-STEPS steps of 64 images; each depth and arm with every learning rate of RATES, AdamW's the same, of
-which the best on the validation images counts.  --long trains 128 layers on all images, in patches
-of 7 x 7 (16 tokens, 3 epochs) and of 14 x 14 pixels (4 tokens, 6 epochs).
+depth.csv: skipless OSA, skipless softmax and the ViT with skips and LayerNorm; width 64, MLP
+ratio 1, Muon, STEPS steps of 64 images.  The rate of each depth and arm, AdamW's the same, is the
+one of RATES with the best validation accuracy (seed 0, depth_tuning.csv); then come the SEEDS, and
+only their test set counts.  depth_factors.csv: 128 layers of OSA on 4 tokens, with one setting
+changed at a time.
+--long trains 128 layers on all images, in patches of 7 x 7 (16 tokens, 3 epochs) and of 14 x 14
+pixels (4 tokens, 6 epochs): depth_long.csv.
 """
 
 import argparse
 import csv
 import json
+import statistics
 import subprocess
 import sys
 
@@ -18,11 +22,31 @@ import common
 
 DEPTHS = (2, 4, 8, 16, 32, 64, 128)
 STEPS = 80
-RATES = (0.001, 0.003, 0.01)
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
+SEEDS = (1, 2, 3)
 COMMON = {
     "optimizer": "muon", "mlp_ratio": 1, "eta": 0.4, "batch_size": 64, "warmup": 20, "shift": 0,
     "alpha_lr": 0.0001, "s_norm": 0.05,
 }  # fmt: skip
+# Enough to train 128 layers; FACTORS takes each away.
+FACTOR_BASE = {
+    "optimizer": "muon", "depth": 128, "patch": 14, "mlp_ratio": 1, "eta": 0.5, "batch_size": 64,
+    "warmup": 20, "shift": 0, "lr": 0.001, "adam_lr": 0.003, "alpha_lr": 0.0001, "s_norm": 0.05,
+    "clip": 1.0, "attention": "osa", "steps": 300,
+}  # fmt: skip
+FACTORS = {
+    "none": {},
+    "MLP ratio 4": {"mlp_ratio": 4},
+    "nearly plain ReLU, η = 0.9": {"eta": 0.9},
+    "Muon 0.003": {"lr": 0.003},
+    "AdamW 0.0003, no Muon": {"optimizer": "adamw", "lr": 0.0003},
+    "AdamW 0.003 beside Muon → 0.03": {"adam_lr": 0.03},
+    "rate of α 0.0001 → 0.003": {"alpha_lr": 0.003},
+    "‖S‖₂ = 0.05 at the start → 1": {"s_norm": 1.0},
+    "no warm-up": {"warmup": 0},
+    "no clipping": {"clip": 1e9},
+    "softmax for OSA": {"attention": "softmax"},
+}
 COLUMNS = ("step", "epoch", "train_loss", "validation_accuracy", "max_S_norm")
 SUMMARY = ("test_accuracy", "validation_accuracy", "train_loss", "steps", "seconds",
            "orthogonality_error", "max_S_norm", "parameters")  # fmt: skip
@@ -42,23 +66,32 @@ ALL_LONG = (
 
 
 def experiment(path, processes, quick=False):
-    depths, steps, rates = ((2, 4), 4, RATES[:1]) if quick else (DEPTHS, STEPS, RATES)
+    """The rates, then the seeds, then the factors; a CSV file of each."""
+    depths, steps, rates = ((2, 4), 4, RATES[1:2]) if quick else (DEPTHS, STEPS, RATES)
     jobs = [
         {"arm": arm, **COMMON, **options, "depth": depth, "lr": lr, "adam_lr": lr, "steps": steps}
         for depth in depths for lr in rates for arm, options in ARMS.items()
     ]  # fmt: skip
-    return common.run_all(path, jobs, processes)
+    tuned = common.run_all(path.with_name("depth_tuning.csv"), jobs, processes)
+    chosen = [j for j in jobs if str(j["lr"]) == common.best_rate(tuned, j, ("arm", "depth"))]
+    seeds = SEEDS[:1] if quick else SEEDS
+    common.run_all(path, [{**job, "seed": seed} for seed in seeds for job in chosen], processes)
+    base = FACTOR_BASE | ({"depth": 2, "steps": 4} if quick else {})
+    factors = dict(list(FACTORS.items())[:2]) if quick else FACTORS
+    jobs = [{"arm": arm, **base, **change, "seed": seed}
+            for seed in seeds[:2] for arm, change in factors.items()]  # fmt: skip
+    common.run_all(path.with_name("depth_factors.csv"), jobs, processes)
 
 
-def best(rows):
-    """{arm: [(depth, row with the best validation accuracy)]}"""
-    chosen = {}
+def by_depth(rows, name, arm):
+    """Depths, and the mean and the standard deviation of a column over the seeds."""
+    values = {}
     for row in rows:
-        place = chosen.setdefault(row["arm"], {})
-        before = place.get(int(row["depth"]))
-        if before is None or float(row["validation"]) > float(before["validation"]):
-            place[int(row["depth"])] = row
-    return {arm: sorted(chosen[arm].items()) for arm in ARMS if arm in chosen}
+        if row["arm"] == arm:
+            values.setdefault(int(row["depth"]), []).append(float(row[name]))
+    depths = sorted(values)
+    sd = [statistics.stdev(values[d]) if len(values[d]) > 1 else 0.0 for d in depths]
+    return depths, [statistics.mean(values[d]) for d in depths], sd
 
 
 def long_runs(folder):
@@ -79,6 +112,11 @@ def long_runs(folder):
     (folder / "depth_long.json").write_text(text + "\n", encoding="utf-8")
 
 
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def draw(path):
     """Test accuracy, best rate and largest ‖S‖₂ against depth; the long runs against the step."""
     import matplotlib
@@ -86,19 +124,23 @@ def draw(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["validation"] != "nan"]
+    rows, tuned, long = (
+        read(file)
+        for file in (path, path.with_name("depth_tuning.csv"), common.RESULTS / "depth_long.csv")
+    )
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
     left, middle, right, last = axes
-    for i, (arm, chosen) in enumerate(best(rows).items()):
-        depths = [depth for depth, _ in chosen]
+    for i, arm in enumerate(ARMS):
         style = {"marker": "os^"[i], "color": f"C{i}", "label": arm}
-        left.plot(depths, [100 * float(row["test"]) for _, row in chosen], **style)
-        middle.plot(depths, [float(row["lr"]) for _, row in chosen], **style)
-    for i, lr in enumerate(sorted({row["lr"] for row in rows}, key=float)):
-        some = [row for row in rows if row["arm"] == "OSA" and row["lr"] == lr]
-        right.plot([int(r["depth"]) for r in some], [float(r["max_s"]) for r in some],
-                   marker="o", color=plt.cm.viridis(i / 3), label=f"rate {lr}")  # fmt: skip
+        depths, mean, sd = by_depth(rows, "test", arm)
+        mean, sd = ([100 * x for x in values] for values in (mean, sd))
+        left.errorbar(depths, mean, sd, capsize=3, **style)
+        depths, rate, _ = by_depth(rows, "lr", arm)
+        middle.plot(depths, rate, **style)
+    for i, lr in enumerate(RATES):
+        some = [row for row in tuned if row["lr"] == str(lr)]
+        depths, largest, _ = by_depth(some, "max_s", "OSA")
+        right.plot(depths, largest, marker="o", color=plt.cm.viridis(i / 5), label=f"rate {lr}")
     left.set(ylabel=f"test accuracy after {rows[0]['steps']} steps, %")
     middle.set(ylabel="best learning rate", yscale="log")
     right.set(ylabel="largest ‖S‖₂ of OSA in training", yscale="log")
@@ -108,10 +150,8 @@ def draw(path):
         axis.grid(alpha=0.3)
     left.legend(fontsize=8)
     right.legend(fontsize=8)
-    with open(common.RESULTS / "depth_long.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     for patch in LONG:
-        some = [row for row in rows if row["patch"] == patch]
+        some = [row for row in long if row["patch"] == patch]
         y = [100 * float(row["validation_accuracy"]) for row in some]
         last.plot([int(row["step"]) for row in some], y, label=f"patches of {patch}")
     last.set(xlabel="step", ylabel="validation accuracy of 128 layers, %", ylim=(80, 100))
