@@ -20,7 +20,7 @@ import numpy as np
 
 import autograd as ag
 from autograd import Tensor, array_module
-from products import Products, cholesky_basis
+from products import Products, cholesky_basis, unit_columns
 
 ROUTES = ("auto", "gram", "qr", "newton_schulz", "dense", "products")
 
@@ -123,23 +123,32 @@ class Spectral:
 
 @functools.cache
 def chebyshev_coefficients(f, rho, tolerance):
-    """Real a_k with f(iρt) = Σ_k a_k iᵏ T_k(t) for t in [−1, 1], to an error of about `tolerance`.
+    """Real a_k with f(iρt) = Σ_k a_k iᵏ T_k(t) for t in [−1, 1], to an error of `tolerance`; that
+    of the derivative by iρt is at most 8 times as large.
 
-    f: exp or φ₁; rho: ρ > 0.  For exp, a_k = 2 J_k(ρ) (a_0 = J_0), at most 2 (ρ/2)ᵏ/k!, and φ₁ has
-    smaller ones: some ρ + 10 terms for small ρ, 1.4 ρ for large, and no cancellation, where the
-    terms of Taylor's series grow to e^ρ first.
-    The a_k come from interpolation at as many Chebyshev points.
+    f = exp, ρ > 0: a_k = 2 J_k(ρ) (a_0 = J_0), Bessel functions, at most 2 (ρ/2)ᵏ/k!.  For φ₁(z) =
+    ∫₀¹ e^{uz} du: a_k = (2/ρ) ∫₀^ρ J_k = (4/ρ) Σ_m J_{k+1+2m}(ρ).  Some ρ + 10 terms for small ρ,
+    1.4 ρ for large, and no cancellation, where the terms of Taylor's series grow to e^ρ first.
+    By Miller's algorithm, J_{k−1} = (2k/ρ) J_k − J_{k+1} downwards from where J_k has vanished,
+    then J_0 + 2 Σ J_{2k} = 1, each is right relative to its own size: the derivative needs that,
+    as it multiplies a_k by k²/ρ.
     """
-    n, log_bound = 1, math.log(2)
-    while n < rho or log_bound > math.log(tolerance):
-        log_bound += math.log(rho / 2 / n)
+    n, log_bound = 1, 0.0
+    while n < rho or log_bound > math.log(1e-40):
+        log_bound += math.log(rho / 2 / n)  # of (ρ/2)ⁿ/n!
         n += 1
-    angle = math.pi * (np.arange(n) + 0.5) / n
-    b = np.cos(np.outer(np.arange(n), angle)) @ f(1j * rho * np.cos(angle)) * (2 / n)
-    b[0] /= 2
-    a = (b * (-1j) ** np.arange(n)).real
-    terms = int(np.flatnonzero(abs(a) > tolerance / 2).max()) + 1  # φ₁ needs one or two fewer
-    return tuple(a[: max(terms, 2)].tolist())
+    J, sums = np.zeros(n + 2), np.zeros(n + 2)
+    J[n] = 1.0
+    for k in range(n, 0, -1):
+        J[k - 1] = 2 * k / rho * J[k] - J[k + 1]
+    J /= J[0] + 2 * J[2::2].sum()
+    for k in range(n - 1, -1, -1):
+        sums[k] = J[k + 1] + sums[k + 2]
+    a = (4 / rho) * sums if f is _phi1 else 2 * J
+    a[0] /= 2
+    weight = np.maximum(1, np.arange(n + 2) ** 2 / (8 * rho))
+    dropped = np.cumsum((weight * abs(a))[::-1])[::-1]  # from k on
+    return tuple(a[: max(int((dropped > tolerance).sum()), 2)].tolist())
 
 
 class Chebyshev:
@@ -220,12 +229,13 @@ class ChebyshevMatrix:
 # ------------------------------------------------------------------------------------- low rank
 
 
-def orthonormal_basis(M, method="qr", steps=30):
+def orthonormal_basis(M, method="qr", steps=None):
     """B (..., N, k) with orthonormal columns whose span contains that of M (..., N, r).
 
     method: "qr" (reduced, k = min(N, r)), or "newton_schulz": `steps` of B ← ½ B (3I − BᵀB) from
     M/‖M‖_F, matrix products only.  Each step multiplies a small singular value by 1.5, so a nearly
-    rank-deficient M needs many: σ = 1e-3 is at 0.06 after 10 steps and at 1 after 22.
+    rank-deficient M needs many: σ = 1e-3 is at 0.06 after 10 steps and at 1 after 22.  By default
+    as many as bring up the smallest σ that rounding can tell from 0 (about 50, float64 100).
     For N ≤ r Newton–Schulz has no tall matrix to work on; the answer is then the identity.
     """
     _check_float("M", M, min_ndim=2)
@@ -240,6 +250,8 @@ def orthonormal_basis(M, method="qr", steps=30):
     largest = abs(M).max(axis=(-2, -1), keepdims=True)  # first, so that no square underflows
     B = M / xp.where(largest == 0, M.dtype.type(1), largest)
     B = B / xp.sqrt(xp.maximum((B * B).sum(axis=(-2, -1), keepdims=True), 1))
+    if steps is None:  # σ ≥ eps ‖M‖/√r; six more from 1/1.5 to 1
+        steps = 6 + math.ceil(math.log(math.sqrt(r) / np.finfo(M.dtype).eps, 1.5))
     for _ in range(steps):
         B = 1.5 * B - 0.5 * B @ (_T(B) @ B)
     return B
@@ -365,14 +377,27 @@ def _forward(F, s, d_v, route):
                     f"route 'gram' needs ‖S‖ ≤ 2e3, got {rho:.1e}; 'auto' has no limit"
                 )
             if rho <= RHO_MAX or route == "gram":
-                return _gram_forward(F, M, s, d_v, rho)
+                try:
+                    return _gram_forward(F, M, s, d_v, rho)
+                except FloatingPointError:  # Q and K of sizes whose squares overflow
+                    if route == "gram":
+                        raise
     if route == "dense" or (route in ("auto", "products") and N <= r):
         B = None
     elif route == "products":
         B = cholesky_basis(F[..., :r])
+    elif route == "newton_schulz":  # a K that is small beside Q takes no more steps
+        B = orthonormal_basis(unit_columns(F[..., :r]), "newton_schulz")
     else:
-        B = orthonormal_basis(F[..., :r], "newton_schulz" if route == "newton_schulz" else "qr")
+        B = orthonormal_basis(F[..., :r], "qr")
     return _basis_forward(F, B, s, d_v, route)
+
+
+def _refuse_overflow(names, *arrays):
+    """FloatingPointError unless these arrays, products of `names`, are finite; on a GPU, where
+    looking means waiting, NaN goes on."""
+    if array_module(*arrays) is np and not all(np.isfinite(a).all() for a in arrays):
+        raise FloatingPointError(f"a product of {names} overflows {arrays[0].dtype}")
 
 
 def _gram_norms(P, G, s, d_v):
@@ -414,9 +439,11 @@ def _times_J(M):
 def _gram_forward(F, M, s, d_v, rho):
     r, xp = 2 * d_v, array_module(F)
     G, W = M[..., :r], M[..., r:]
-    Z = s * _times_J(G)
-    small = Chebyshev(Z, W, _sharper_bound(Z, rho), _phi1)  # y = φ₁(sGJ) W
-    Jy = _J_times(small.value)
+    with np.errstate(over="ignore", invalid="ignore"):
+        Z = s * _times_J(G)
+        small = Chebyshev(Z, W, _sharper_bound(Z, rho), _phi1)  # y = φ₁(sGJ) W
+        Jy = _J_times(small.value)
+    _refuse_overflow("Q, K and V", Jy)
     # O = V + P sJy as one product, [P, V] [sJy; I]: adding V is a pass over memory otherwise.
     X = xp.empty((*F.shape[:-2], F.shape[-1], F.shape[-1] - r), F.dtype)
     X[..., :r, :] = s * Jy
@@ -430,19 +457,21 @@ def _gram_backward(dO, saved, dF, ds):
         dP = P (Ḡ + Ḡᵀ) + V W̄ᵀ + dO (sJy)ᵀ,   dV = P W̄ + dO,   ds = ⟨g, Jy⟩ + ⟨Z̄Jᵀ, G⟩."""
     F, s, small, Jy = saved.F, saved.s, saved.small, saved.Jy
     r, xp = 2 * saved.d_v, array_module(F)
-    g = _T(F[..., :r]) @ dO  # (r, N) x (N, m)
-    Wbar, Zbar = small.adjoint(-s * _J_times(g))
-    E = -_times_J(Zbar)  # Ḡ/s
-    # [dP, dV] = [P, V, dO] X, one product again, in blocks of rows that stay in the cache.
     w, m = F.shape[-1], dO.shape[-1]
     X = xp.zeros((*F.shape[:-2], w + m, w), F.dtype)
-    X[..., :r, :r], X[..., :r, r:] = s * (E + _T(E)), Wbar
-    X[..., r:w, :r] = _T(Wbar)
-    X[..., w:, :r], X[..., w:, r:] = _T(s * Jy), xp.eye(m, dtype=F.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        g = _T(F[..., :r]) @ dO  # (r, N) x (N, m)
+        Wbar, Zbar = small.adjoint(-s * _J_times(g))
+        E = -_times_J(Zbar)  # Ḡ/s
+        ds[...] = _inner(g, Jy) + _inner(E, saved.G)
+        X[..., :r, :r], X[..., :r, r:] = s * (E + _T(E)), Wbar
+        X[..., r:w, :r] = _T(Wbar)
+        X[..., w:, :r], X[..., w:, r:] = _T(s * Jy), xp.eye(m, dtype=F.dtype)
+    _refuse_overflow("Q, K, V and dO", X, ds)
+    # [dP, dV] = [P, V, dO] X, one product again, in blocks of rows that stay in the cache.
     for i in range(0, F.shape[-2], ROWS):
         rows = (..., slice(i, i + ROWS), slice(None))
         xp.matmul(xp.concatenate([F[rows], dO[rows]], axis=-1), X, out=dF[rows])
-    ds[...] = _inner(g, Jy) + _inner(E, saved.G)
 
 
 def _inner(A, B):
@@ -463,7 +492,7 @@ def _basis_forward(F, B, s, d_v, route):
             return O, Saved(F, s, d_v, small, B, R, U)
         S64 = S.astype(np.float64)  # squares of float32 could overflow
         rho = math.sqrt(float(_inner(S64, S64).max()) / 2)  # ‖S‖_F/√2 ≥ ‖S‖₂
-    if not math.isfinite(rho):
+    if not rho < float(np.finfo(S.dtype).max) / 8:  # room for eigh
         raise FloatingPointError(f"S = (α/√d_v)(QKᵀ − KQᵀ) overflows {S.dtype}")
     if route == "dense" or rho > RHO_MAX:
         small = Spectral(S, b)
@@ -487,20 +516,22 @@ def _basis_backward(dO, saved, dF, ds):
         H = B (L − Lᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
         dP = −s H R J,   dV = dO + B (exp(S̃)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩."""
     F, s, d_v, B, R, small = saved.F, saved.s, saved.d_v, saved.B, saved.R, saved.small
-    xp, r, RJ = array_module(F), 2 * d_v, _times_J(R)
-    V = F[..., r:]
-    g = dO if B is None else _T(B) @ dO
-    expSt_g, L = small.adjoint(g)
-    dP, dV = (L - _T(L)) @ RJ, expSt_g
-    if B is not None:
-        S, b = s * saved.U, _T(B) @ V
-        u = type(small)(S, b, saved.rho, _phi1).value
-        w = type(small)(-S, g, saved.rho, _phi1).value
-        dP = B @ dP + (dO - B @ g) @ (_T(u) @ RJ) - (V - B @ b) @ (_T(w) @ RJ)
-        dV = dO + B @ (expSt_g - g)
-    xp.multiply(-s, dP, out=dF[..., :r])
-    dF[..., r:] = dV
-    ds[...] = _inner(L, saved.U)
+    r, V = 2 * d_v, F[..., 2 * d_v :]
+    sRJ = -s * _times_J(R)  # s first: it may be what keeps the rest from overflowing
+    with np.errstate(over="ignore", invalid="ignore"):
+        g = dO if B is None else _T(B) @ dO
+        expSt_g, L = small.adjoint(g)
+        ds[...] = _inner(L, saved.U)
+        dP, dV = (L - _T(L)) @ sRJ, expSt_g
+        if B is not None:
+            S, b = s * saved.U, _T(B) @ V
+            ut = _T(type(small)(S, b, saved.rho, _phi1).value) @ sRJ  # uᵀ R J, times −s
+            wt = _T(type(small)(-S, g, saved.rho, _phi1).value) @ sRJ
+            dP = B @ dP + (dO - B @ g) @ ut - (V - B @ b) @ wt
+            dV = dO + B @ (expSt_g - g)
+    if saved.rho is not None:  # route "products" goes on with NaN
+        _refuse_overflow("Q, K, V and dO", ds, dP)
+    dF[..., :r], dF[..., r:] = dP, dV
 
 
 def attention_matrix(Q, K, alpha, route="auto"):
@@ -761,6 +792,8 @@ class MLP:
 
 def patchify(images, patch):
     """(B, H, W) images -> (B, N, patch²) tokens, row by row; N = H W / patch²."""
+    if images.ndim != 3 or not images.size:
+        raise ValueError(f"images must be (B, H, W), not empty, got shape {images.shape}")
     B, H, W = images.shape
     if patch < 1 or H % patch or W % patch:
         raise ValueError(f"patch must divide the image: patch {patch}, image {H} x {W}")

@@ -20,6 +20,14 @@ def _T(M):
     return M.swapaxes(-1, -2)
 
 
+def unit_columns(M):
+    """M (..., N, r) with columns of norm 1 or 0: the same span, and no square underflows."""
+    xp = array_module(M)
+    largest = abs(M).max(axis=-2, keepdims=True)
+    M = M / xp.where(largest > 0, largest, 1)  # columns of norm 1 … √N
+    return M / xp.sqrt(xp.maximum(_squares(M), 1))
+
+
 def cholesky_basis(P):
     """B (..., N, r) that serves as orthonormal basis of P (..., N, r), r ≤ N, in Theorem 2.1.
 
@@ -28,9 +36,7 @@ def cholesky_basis(P):
     smaller still S vanishes to rounding, so there B need not be orthonormal.
     """
     xp, (N, r), eps = array_module(P), P.shape[-2:], float(np.finfo(P.dtype).eps)
-    largest = abs(P).max(axis=-2, keepdims=True)
-    P = P / xp.where(largest > 0, largest, 1)  # columns of norm 1 … √N: no square underflows
-    B = P = P / xp.sqrt(xp.maximum(_squares(P), 1))
+    B = P = unit_columns(P)
     shift = eps * (4 * r + math.sqrt(N)) * xp.eye(r, dtype=P.dtype)
     for _ in range(3):
         B = B @ _T(xp.linalg.inv(xp.linalg.cholesky(_T(B) @ B + shift)))

@@ -188,7 +188,8 @@ def draw(rows, path):
     names = list(dict.fromkeys(r["class"] for r in rows))
     figure, axes = plt.subplots(1, 2, figsize=(12, 8), sharey=True, layout="constrained")
     style = {"auto": ("o", 90, "none"), "gram": ("x", 40, None), "qr": ("+", 50, None),
-             "newton_schulz": ("s", 22, None), "dense": (".", 30, None)}  # fmt: skip
+             "newton_schulz": ("s", 22, None), "dense": (".", 30, None),
+             "products": ("^", 22, None)}  # fmt: skip
     for axis, dtype in zip(axes, ("float32", "float64")):
         for i, (route, (marker, size, face)) in enumerate(style.items()):
             chosen = [r for r in rows if r["route"] == route and r["dtype"] == dtype]

@@ -90,7 +90,7 @@ def run_all(path, jobs, processes):
 
 
 def best_rate(rows, job, names):
-    """The rate with the best validation accuracy among the rows that agree with `job` in `names`."""
+    """The rate with the best validation accuracy of the rows that agree with `job` in `names`."""
     some = [row for row in rows if key(row, names) == key(job, names)]
     return max(some, key=lambda row: (row["validation"] != "nan", float(row["validation"])))["lr"]
 

@@ -19,12 +19,12 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 settings.register_profile(
-    "here", derandomize=True, deadline=None, max_examples=60, database=None,
+    "here", derandomize=True, deadline=None, max_examples=200, database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )  # fmt: skip
 settings.load_profile("here")
 REFUSALS = (ValueError, TypeError, FloatingPointError)
-NAMES = r"\b(Q|K|V|S|M|E|dO|alpha|α|route|method|eta|depth|heads|patch|n|m|dtype|width)\b"
+NAMES = r"\b(Q|K|V|S|M|E|dO|alpha|α|route|method|eta|depth|heads|patch|images|n|m|dtype|width)\b"
 
 
 def laid_out(a, layout):
@@ -117,17 +117,12 @@ def exact(*arrays):
 def test_the_output_is_the_dense_definition_or_a_refusal(arrays, route):
     Q, K, V, alpha, _ = arrays
     sigma = abs(float(np.max(alpha))) / math.sqrt(Q.shape[-1]) * size(Q, K)
-    if (
-        route == "newton_schulz"
-        and not 1e-15 < min(size(Q), size(K)) <= max(size(Q), size(K)) < 1e15
-    ):
-        return  # Q and K may differ in scale by more than its 30 steps can bring to 1
     result = unchanged(lambda *a: osa.osa_forward(*a, route)[0], Q, K, V, alpha)
     if isinstance(result, Exception):
         allowed = not finite_in(Q.dtype, sigma, size(Q, K))
         if route == "gram":  # its limit on ‖S‖, which it finds from squares
             allowed |= sigma > 1e3 or not finite_in(
-                Q.dtype, size(Q, Q), size(K, K), size(Q, K) ** 2
+                Q.dtype, *(size(P, P) * max(1, size(V)) for P in (Q, K)), size(Q, K) ** 2
             )
         assert allowed, result
         return
@@ -135,8 +130,6 @@ def test_the_output_is_the_dense_definition_or_a_refusal(arrays, route):
     if route == "products" and np.isnan(result).any():
         assert not finite_in(Q.dtype, sigma, size(Q, K)) or sigma > 1e2  # its way to refuse
         return
-    if route == "newton_schulz":
-        return  # inexact by design near rank deficiency; its tests are in test_osa.py
     if route == "gram" and sigma > 1:
         return  # `auto` takes it only where it is accurate; it is not held to this when asked for
     tol, wide = tolerance(Q, sigma), exact(Q, K, V, alpha)
@@ -146,25 +139,32 @@ def test_the_output_is_the_dense_definition_or_a_refusal(arrays, route):
         assert abs(result - osa.osa_dense(*wide)).max() <= tol * size(V)
 
 
-@given(inputs(), st.sampled_from(["auto", "qr", "dense"]))
+@given(inputs(), st.sampled_from(["auto", "qr", "newton_schulz", "dense"]))
 def test_gradients_are_those_of_the_dense_definition_or_a_refusal(arrays, route):
     Q, K, V, alpha, dO = arrays
     s = abs(float(np.max(alpha))) / math.sqrt(Q.shape[-1])
     sigma, flow = s * size(Q, K), size(V, dO)
     sizes = s * size(K) * flow, s * size(Q) * flow, size(dO), size(Q, K) * flow
-    if not finite_in(Q.dtype, flow, sigma, *sizes):
+    if not finite_in(Q.dtype, flow, sigma, size(Q, K), *sizes):
         return
     O, saved = osa.osa_forward(Q, K, V, alpha, route)
     grads = unchanged(lambda dO: osa.osa_backward(dO, saved), dO)
+    P = max(size(Q), size(K))
+    if isinstance(grads, FloatingPointError):  # products that are not the result, but on its way
+        largest = max(1, size(V), size(dO), flow)
+        assert not finite_in(Q.dtype, max(s * P, 1) * P * max(P, 1) * largest), grads
+        return
     tol = tolerance(Q, sigma)
     wide, wide_dO = exact(Q, K, V, alpha), dO.astype(float)
     wanted = osa.osa_backward(wide_dO, osa.osa_forward(*wide, "dense")[1])
-    tiny = float(np.finfo(Q.dtype).tiny) * Q.size  # what underflows on the way
+    # What underflows on the way may be multiplied by s, P twice, V and dO, and is summed.
+    tiny = float(np.finfo(Q.dtype).tiny) * Q.size * max(1, s) * max(1, P) ** 2
+    tiny *= max(1, size(V)) * max(1, size(dO))
     for got, want, scale, a in zip(grads, wanted, sizes, (Q, K, V, alpha)):
         assert np.shape(got) == np.shape(a) and got.dtype == Q.dtype
         assert np.isfinite(got).all()
         if tol < 0.1:
-            assert np.max(abs(got - want)) <= tol * scale + tiny * max(1, scale)
+            assert np.max(abs(got - want)) <= tol * scale + tiny
 
 
 @given(inputs())
@@ -197,7 +197,7 @@ def test_nan_and_inf_are_refused_by_name(arrays, name, bad):
     named = dict(zip(("Q", "K", "V", "alpha", "dO"), arrays))
     if name == "dO":
         sigma = abs(float(np.max(named["alpha"]))) * size(*arrays[:2])
-        if not finite_in(arrays[0].dtype, sigma):
+        if not finite_in(arrays[0].dtype, sigma, size(*arrays[:2])):
             return
     a = np.array(named[name], arrays[0].dtype)
     a[(..., *(0,) * min(a.ndim, 2))] = bad
@@ -312,9 +312,8 @@ def test_a_basis_is_orthonormal_and_spans_its_matrix(case, N, method):
         raise B
     k, eps = B.shape[-1], np.finfo(M.dtype).eps
     assert B.dtype == M.dtype
-    if method == "qr" or N <= M.shape[-1] or np.linalg.cond(M.astype(float)).max() < 50:
-        assert abs(B.mT @ B - np.eye(k)).max() <= 16 * (N + k) * eps
-        assert abs(B @ (B.mT @ M) - M).max() <= 16 * (N + k) * eps * size(M)
+    assert abs(B.mT @ B - np.eye(k)).max() <= 16 * (N + k) * eps
+    assert abs(B @ (B.mT @ M) - M).max() <= 16 * (N + k) * eps * size(M)
 
 
 @given(st.integers(-1, 9), st.integers(-1, 9), st.sampled_from([np.float32, np.float64, int]))
@@ -378,11 +377,20 @@ def test_patches_hold_every_pixel_once(B, H, W, patch):
         assert tokens[b, token, i % patch * patch + j % patch] == images[b, i, j]
 
 
-@given(st.sampled_from([1e-3, 0.3, 1, 7.7, 63]), st.sampled_from([np.float32, np.float64]))
-def test_chebyshev_coefficients_reproduce_the_function(rho, dtype):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(st.floats(1e-2, 200))
+def test_chebyshev_coefficients_reproduce_the_function_and_its_derivative(dtype, rho):
     eps = float(np.finfo(dtype).eps)
-    t = np.linspace(-1, 1, 41)
+    angle = np.linspace(0.3, math.pi - 0.3, 40)
+    t = np.cos(angle)
     for f in (osa._exp, osa._phi1):
         a = osa.chebyshev_coefficients(f, rho, eps / 2)
-        series = sum(c * 1j**k * np.cos(k * np.arccos(t)) for k, c in enumerate(a))
-        assert abs(series - f(1j * rho * t)).max() <= 4 * len(a) * max(eps, 2e-16)
+        k = np.arange(len(a))[:, None]
+        turned = np.array(a)[:, None] * 1j**k
+        series = (turned * np.cos(k * angle)).sum(axis=0)
+        # What was dropped, and rounding of the angles kθ and ρt, each up to π len(a).
+        assert abs(series - f(1j * rho * t)).max() <= eps / 2 + 1e-15 * len(a)
+        if f is osa._exp:  # its own derivative; T_k' = k sin(kθ)/sin θ
+            slope = (turned * k * np.sin(k * angle) / np.sin(angle)).sum(axis=0) / (1j * rho)
+            size = 10 * float((abs(turned) * k * k).sum()) / rho  # θ/sin θ < 10 here
+            assert abs(slope - np.exp(1j * rho * t)).max() <= 4 * eps + 2e-16 * (size + len(a))
