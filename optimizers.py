@@ -1,6 +1,8 @@
 """AdamW, Muon on orthogonal matrices, gradient clipping and the learning-rate schedule.
 
-Parameters are a dict name -> Tensor.  State is a dict name -> array, for checkpoints.
+Parameters are a dict name -> Tensor, all of one dtype.  State is a dict name -> array, for
+checkpoints.  Each function joins its parameters to one array first: on a GPU an operation costs its
+launch, whatever its size, and a network has hundreds of small parameters.
 """
 
 import math
@@ -18,12 +20,32 @@ def schedule(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _joined(arrays):
+    """All numbers of the arrays, one after the other (n,)."""
+    arrays = [a.reshape(-1) for a in arrays]
+    return array_module(*arrays).concatenate(arrays)
+
+
+def _data(parameters):
+    return _joined([p.data for p in parameters.values()])
+
+
+def _parts(joined, parameters):
+    """The pieces of a joined array, views of it, in the parameters' shapes."""
+    start = 0
+    for p in parameters.values():
+        yield joined[start : start + p.size].reshape(p.shape)
+        start += p.size
+
+
+def _norm(g):
+    with np.errstate(over="ignore"):  # Inf is an answer
+        return array_module(g).sqrt((g * g).sum())
+
+
 def gradient_norm(parameters):
     """‖·‖₂ of all gradients together, a 0-d array on their device."""
-    grads = [p.grad for p in parameters.values()]
-    xp = array_module(*grads)
-    with np.errstate(over="ignore"):  # Inf is an answer
-        return xp.sqrt(xp.stack([(g * g).sum() for g in grads]).sum())
+    return _norm(_joined([p.grad for p in parameters.values()]))
 
 
 def clip_gradients(parameters, largest):
@@ -32,12 +54,13 @@ def clip_gradients(parameters, largest):
     Raises FloatingPointError for a norm that is NaN or Inf, which would turn all gradients to 0; on
     a GPU, where it would have to wait, they turn to NaN instead and the loss will show it.
     """
-    norm = gradient_norm(parameters)
+    g = _joined([p.grad for p in parameters.values()])
+    norm = _norm(g)
     if array_module(norm) is np and not math.isfinite(norm):
         raise FloatingPointError("the norm of the gradients is NaN or Inf")
-    factor = array_module(norm).minimum(1, largest / (norm + 1e-12)) + 0 * norm
-    for p in parameters.values():
-        p.grad = p.grad * factor
+    g *= array_module(norm).minimum(1, largest / (norm + 1e-12)) + 0 * norm
+    for p, part in zip(parameters.values(), _parts(g, parameters)):
+        p.grad = part
     return norm
 
 
@@ -56,22 +79,23 @@ class AdamW:
 
     def __init__(self, parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
         self.parameters, self.betas, self.eps = parameters, betas, eps
-        self.weight_decay = weight_decay
-        self.state = {}
-        for name, p in parameters.items():
-            for moment in ("m", "v"):
-                self.state[f"{name}.{moment}"] = array_module(p).zeros_like(p.data)
+        self.weight_decay, self.state = weight_decay, {}
+        self.m, self.v = 0 * _data(parameters), 0 * _data(parameters)
+        for moment, joined in (("m", self.m), ("v", self.v)):
+            for name, part in zip(parameters, _parts(joined, parameters)):
+                self.state[f"{name}.{moment}"] = part
 
     def step(self, lr, t):
         """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
         _check(self.parameters, t)
-        b1, b2 = self.betas
-        for name, p in self.parameters.items():
-            g, m, v = p.grad, self.state[f"{name}.m"], self.state[f"{name}.v"]
-            m += (1 - b1) * (g - m)
-            v += (1 - b2) * (g * g - v)
-            update = (m / (1 - b1**t)) / (array_module(v).sqrt(v / (1 - b2**t)) + self.eps)
-            p.data = p.data - lr * (update + self.weight_decay * p.data)  # not the caller's array
+        (b1, b2), m, v, w = self.betas, self.m, self.v, _data(self.parameters)
+        g = _joined([p.grad for p in self.parameters.values()])
+        m += (1 - b1) * (g - m)
+        v += (1 - b2) * (g * g - v)
+        update = (m / (1 - b1**t)) / (array_module(v).sqrt(v / (1 - b2**t)) + self.eps)
+        w -= lr * (update + self.weight_decay * w)
+        for p, part in zip(self.parameters.values(), _parts(w, self.parameters)):
+            p.data = part  # not the caller's array
 
 
 def orthogonalise(M, steps=5):
@@ -113,31 +137,27 @@ class Muon:
 
     def __init__(self, parameters, momentum=0.95, retraction=True):
         self.parameters, self.momentum, self.retraction = parameters, momentum, retraction
-        self.state = {
-            f"{name}.m": array_module(p).zeros_like(p.data) for name, p in parameters.items()
-        }
-        self.groups = {}
-        for name, p in parameters.items():
-            self.groups.setdefault(p.shape[-2:], []).append(name)
+        self.groups, self.state = {}, {}  # shape: (its parameters, their momentum (k, n, m))
+        shapes = dict.fromkeys(p.shape[-2:] for p in parameters.values())
+        for n, m in shapes:
+            group = {k: p for k, p in parameters.items() if p.shape[-2:] == (n, m)}
+            buffer = 0 * _data(group)
+            self.groups[n, m] = group, buffer.reshape(-1, n, m)
+            for name, part in zip(group, _parts(buffer, group)):
+                self.state[f"{name}.m"] = part
 
     def step(self, lr, t):
         """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
         _check(self.parameters, t)
-        for (n, m), names in self.groups.items():
-            directions, weights = [], []
-            for name in names:
-                p, buffer = self.parameters[name], self.state[f"{name}.m"]
-                buffer *= self.momentum
-                buffer += p.grad
-                nesterov = p.grad + self.momentum * buffer
-                directions.append(nesterov.reshape(-1, n, m))
-                weights.append(p.data.reshape(-1, n, m))
-            xp = array_module(weights[0])
-            W = xp.concatenate(weights) - lr * orthogonalise(xp.concatenate(directions))
+        for (n, m), (group, buffer) in self.groups.items():
+            W, G = (
+                _joined(arrays).reshape(-1, n, m)
+                for arrays in zip(*((p.data, p.grad) for p in group.values()))
+            )
+            buffer *= self.momentum
+            buffer += G
+            W -= lr * orthogonalise(G + self.momentum * buffer)
             if self.retraction:
                 W = retract(W)
-            start = 0
-            for name, w in zip(names, weights):
-                p = self.parameters[name]
-                p.data = W[start : start + len(w)].reshape(p.shape)
-                start += len(w)
+            for p, part in zip(group.values(), _parts(W.reshape(-1), group)):
+                p.data = part

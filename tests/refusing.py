@@ -10,7 +10,8 @@ code that reads `array_module` from its arrays runs on it unchanged.  As with Cu
 - names that CuPy does not have are missing, and `linalg.solve` does not broadcast batches.
 
 It is stricter than CuPy where that helps: NumPy's own functions and `random` are refused (weights
-and batches are drawn on the CPU).  `counts` counts transfers and waits.
+and batches are drawn on the CPU).  `counts` counts transfers and waits, `operations` the calls that
+compute: about the kernels that CuPy would launch.
 """
 
 import types as _types
@@ -18,6 +19,11 @@ import types as _types
 import numpy as _np
 
 counts = {"to_device": 0, "to_host": 0, "waits": 0}
+operations = {"count": 0}
+VIEWS = frozenset(
+    """asarray broadcast_to empty empty_like expand_dims moveaxis ravel reshape result_type squeeze
+    swapaxes transpose""".split()
+)
 
 # Public callables and types of NumPy 2.4 that CuPy 14.0.1 lacks, found by comparing dir() of both.
 MISSING = frozenset(
@@ -57,7 +63,10 @@ def _wrap(x):
 
 
 def _call(function):
+    computes = getattr(function, "__name__", "") not in VIEWS
+
     def call(*args, **kwargs):
+        operations["count"] += computes
         out = kwargs.get("out")
         kwargs = {k: _unwrap(v) for k, v in kwargs.items()}
         result = function(*_unwrap(args), **kwargs)
@@ -104,6 +113,7 @@ class Array:
         return Array(out)
 
     def __setitem__(self, index, value):
+        operations["count"] += 1
         self._a[_index(index)] = _unwrap(value)
 
     def __len__(self):
@@ -151,6 +161,7 @@ def _method(name, inplace=False):
     def method(self, other):
         if not isinstance(other, Array) and getattr(other, "__array_ufunc__", 0) is None:
             return NotImplemented  # an object that asks for its own reflected operator
+        operations["count"] += 1
         result = getattr(self._a, name)(_unwrap(other))
         return self if inplace else _wrap(result)
 
@@ -164,8 +175,9 @@ for _name in "add sub mul truediv floordiv mod pow matmul and or xor".split():
         setattr(Array, f"__i{_name}__", _method(f"__i{_name}__", inplace=True))
 for _name in "lt le gt ge eq ne".split():
     setattr(Array, f"__{_name}__", _method(f"__{_name}__"))
-for _name in "neg pos abs invert".split():
-    setattr(Array, f"__{_name}__", lambda self, _n=f"__{_name}__": _wrap(getattr(self._a, _n)()))
+_ALONE = {"neg": "negative", "pos": "positive", "abs": "absolute", "invert": "invert"}
+for _name in _ALONE:
+    setattr(Array, f"__{_name}__", lambda self, _n=_name: _call(getattr(_np, _ALONE[_n]))(self))
 
 
 def array(a, dtype=None, copy=True):

@@ -115,6 +115,24 @@ def test_a_training_step_moves_nothing_and_never_waits(run):
                 run.train_step()  # else DeviceSynchronized
 
 
+def test_the_optimizers_take_no_more_operations_for_more_parameters(rng):
+    counts = []
+    for copies in (1, 20):
+        parameters = {}
+        for i in range(copies):
+            for shape in ((4, 4), (2, 4, 4), (3, 8)):
+                data = refusing.asarray(rng.standard_normal(shape))
+                p = parameters[f"{i}, {shape}"] = ag.Tensor(data, requires_grad=True)
+                p.grad = refusing.asarray(rng.standard_normal(shape))
+        both = optimizers.AdamW(parameters), optimizers.Muon(parameters)
+        before = refusing.operations["count"]
+        optimizers.clip_gradients(parameters, 1.0)
+        for optimizer in both:
+            optimizer.step(0.1, 1)
+        counts.append(refusing.operations["count"] - before)
+    assert counts[0] == counts[1] < 160
+
+
 def test_numbers_beside_tensors_are_no_transfers(xp):
     x = ag.Tensor(xp.asarray(np.ones(3)), requires_grad=True)
     before = dict(refusing.counts)
