@@ -5,8 +5,10 @@ goes on where it was.
 """
 
 import csv
+import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -67,13 +69,12 @@ def train_once(options):
 
 
 def run_all(path, jobs, processes):
-    """Rows {**job, **outcome} of every job (a dict of options), in order; `path` keeps them."""
+    """Rows {**job, **outcome} of every job (a dict of options), in order; `path` keeps them, and
+    about.json beside it where and when the last of them ran."""
     names = list(dict.fromkeys(name for job in jobs for name in job))
     done = {}
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                done[key(row, names)] = row
+        done = {key(row, names): row for row in read(path)}
     todo = [job for job in jobs if key(job, names) not in done]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(train_once, {k: v for k, v in job.items() if v != ""}): job
@@ -86,6 +87,11 @@ def run_all(path, jobs, processes):
             done[key(job, names)] = {k: str(v) for k, v in row.items()}
             print(f"{i}/{len(todo)}", *(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
             write(path, done.values(), [*names, *OUTCOME])
+    if todo:
+        file = path.with_name("about.json")
+        notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        text = json.dumps(notes | {path.name: about()}, indent=1)
+        file.write_text(text + "\n", encoding="utf-8")
     return [done[key(job, names)] for job in jobs]
 
 
@@ -97,6 +103,22 @@ def best_rate(rows, job, names):
 
 def key(row, names):
     return tuple(str(row.get(name, "")) for name in names)
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def by_depth(rows, name, arm):
+    """Depths, and the mean and the standard deviation of a column over the seeds."""
+    values = {}
+    for row in rows:
+        if row["arm"] == arm:
+            values.setdefault(int(row["depth"]), []).append(float(row[name]))
+    depths = sorted(values)
+    sd = [statistics.stdev(values[d]) if len(values[d]) > 1 else 0.0 for d in depths]
+    return depths, [statistics.mean(values[d]) for d in depths], sd
 
 
 def write(path, rows, names):

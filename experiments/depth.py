@@ -14,7 +14,6 @@ pixels (4 tokens, 6 epochs): depth_long.csv.
 import argparse
 import csv
 import json
-import statistics
 import subprocess
 import sys
 
@@ -32,7 +31,7 @@ COMMON = {
 FACTOR_BASE = {
     "optimizer": "muon", "depth": 128, "patch": 14, "mlp_ratio": 1, "eta": 0.5, "batch_size": 64,
     "warmup": 20, "shift": 0, "lr": 0.001, "adam_lr": 0.003, "alpha_lr": 0.0001, "s_norm": 0.05,
-    "clip": 1.0, "attention": "osa", "steps": 300,
+    "clip": 1.0, "attention": "osa", "steps": 200,
 }  # fmt: skip
 FACTORS = {
     "none": {},
@@ -76,22 +75,11 @@ def experiment(path, processes, quick=False):
     chosen = [j for j in jobs if str(j["lr"]) == common.best_rate(tuned, j, ("arm", "depth"))]
     seeds = SEEDS[:1] if quick else SEEDS
     common.run_all(path, [{**job, "seed": seed} for seed in seeds for job in chosen], processes)
-    base = FACTOR_BASE | ({"depth": 2, "steps": 4} if quick else {})
+    base = FACTOR_BASE | ({"depth": 8, "steps": 4} if quick else {})
     factors = dict(list(FACTORS.items())[:2]) if quick else FACTORS
     jobs = [{"arm": arm, **base, **change, "seed": seed}
             for seed in seeds[:2] for arm, change in factors.items()]  # fmt: skip
     common.run_all(path.with_name("depth_factors.csv"), jobs, processes)
-
-
-def by_depth(rows, name, arm):
-    """Depths, and the mean and the standard deviation of a column over the seeds."""
-    values = {}
-    for row in rows:
-        if row["arm"] == arm:
-            values.setdefault(int(row["depth"]), []).append(float(row[name]))
-    depths = sorted(values)
-    sd = [statistics.stdev(values[d]) if len(values[d]) > 1 else 0.0 for d in depths]
-    return depths, [statistics.mean(values[d]) for d in depths], sd
 
 
 def long_runs(folder):
@@ -112,11 +100,6 @@ def long_runs(folder):
     (folder / "depth_long.json").write_text(text + "\n", encoding="utf-8")
 
 
-def read(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def draw(path):
     """Test accuracy, best rate and largest ‖S‖₂ against depth; the long runs against the step."""
     import matplotlib
@@ -125,21 +108,21 @@ def draw(path):
     import matplotlib.pyplot as plt
 
     rows, tuned, long = (
-        read(file)
+        common.read(file)
         for file in (path, path.with_name("depth_tuning.csv"), common.RESULTS / "depth_long.csv")
     )
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
     left, middle, right, last = axes
     for i, arm in enumerate(ARMS):
         style = {"marker": "os^"[i], "color": f"C{i}", "label": arm}
-        depths, mean, sd = by_depth(rows, "test", arm)
+        depths, mean, sd = common.by_depth(rows, "test", arm)
         mean, sd = ([100 * x for x in values] for values in (mean, sd))
         left.errorbar(depths, mean, sd, capsize=3, **style)
-        depths, rate, _ = by_depth(rows, "lr", arm)
+        depths, rate, _ = common.by_depth(rows, "lr", arm)
         middle.plot(depths, rate, **style)
     for i, lr in enumerate(RATES):
         some = [row for row in tuned if row["lr"] == str(lr)]
-        depths, largest, _ = by_depth(some, "max_s", "OSA")
+        depths, largest, _ = common.by_depth(some, "max_s", "OSA")
         right.plot(depths, largest, marker="o", color=plt.cm.viridis(i / 5), label=f"rate {lr}")
     left.set(ylabel=f"test accuracy after {rows[0]['steps']} steps, %")
     middle.set(ylabel="best learning rate", yscale="log")

@@ -7,11 +7,11 @@ A sample is a 12 x 12 "image" of nine 4 x 4 patches, nine tokens of 16 pixels: e
 the query, one key without a value.  Values are keys too, each once.  The label after one hop is the
 value that stood with the query, after two hops the value that stood with that value, and so on.
 Without mixing the best answer to three hops is the query itself, right where it lies on a cycle of
-length 1 or 3, one time in 4.
+length 1 or 3, one time in 4.  The rate of each arm and depth is the one of RATES with the best
+validation accuracy (seed 100, recall_tuning.csv); then come SEEDS runs.
 """
 
 import argparse
-import csv
 import os
 
 import common
@@ -24,6 +24,7 @@ ARMS = {
     "ViT: softmax, skips, LayerNorm": {"attention": "softmax", "skip": True, "norm": True},
 }
 HOPS, DEPTHS, STEPS = 3, (1, 2, 4), 1000
+RATES, SEEDS = (0.003, 0.01, 0.03), 3
 COMMON = {"patch": 4, "shift": 0, "epochs": 4, "mlp_ratio": 2, "s_norm": 1.0, "alpha_lr": 0.01}
 ETA = {1: 0.25, 2: 0.4, 4: 0.4}  # a ReLU reaches no more than 0.32 in one layer
 
@@ -58,12 +59,16 @@ def experiment(path, processes, quick=False):
     data = common.ROOT / "runs" / f"recall-{HOPS}.npz"
     write_data(data, HOPS)
     depths, steps = (DEPTHS[:1], 4) if quick else (DEPTHS, STEPS)
+    rates = RATES[1:2] if quick else RATES
     jobs = [
-        {"arm": arm, **options, "depth": depth, "lr": 0.01, "steps": steps, "eta": ETA[depth],
-         **COMMON, "data": os.path.relpath(data)}
-        for depth in depths for arm, options in ARMS.items()
+        {"arm": arm, **options, "depth": depth, "lr": lr, "steps": steps, "eta": ETA[depth],
+         **COMMON, "data": os.path.relpath(data), "seed": 100}
+        for depth in depths for arm, options in ARMS.items() for lr in rates
     ]  # fmt: skip
-    return common.run_all(path, jobs, processes)
+    tuned = common.run_all(path.with_name("recall_tuning.csv"), jobs, processes)
+    chosen = [j for j in jobs if str(j["lr"]) == common.best_rate(tuned, j, ("arm", "depth"))]
+    seeds = range(1 if quick else SEEDS)
+    return common.run_all(path, [{**j, "seed": s} for s in seeds for j in chosen], processes)
 
 
 def draw(path):
@@ -73,13 +78,12 @@ def draw(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["validation"] != "nan"]
+    rows = common.read(path)
     figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
     for arm, marker in zip(ARMS, "os^v"):
-        some = [row for row in rows if row["arm"] == arm]
-        x, y = [int(row["depth"]) for row in some], [100 * float(row["test"]) for row in some]
-        axes.plot(x, y, marker=marker, label=arm)
+        depths, mean, sd = common.by_depth(rows, "test", arm)
+        mean, sd = ([100 * x for x in values] for values in (mean, sd))
+        axes.errorbar(depths, mean, sd, marker=marker, capsize=3, label=arm)
     axes.axhline(25, color="0.5", ls=":", label="without mixing")
     axes.set(xlabel="layers", ylabel=f"test accuracy, {HOPS} hops, %", xticks=DEPTHS)
     axes.grid(alpha=0.3)
