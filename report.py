@@ -163,7 +163,7 @@ def cpu_model():
 
 
 def environment(run):
-    """What else a repetition needs to know: versions, device, threads, commit."""
+    """The command, device, threads, versions and commit."""
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,

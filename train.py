@@ -490,6 +490,17 @@ class Run:
         self.save(folder)
 
 
+def repetition(run):
+    """What a repetition of the run needs to know."""
+    return {
+        "config": dataclasses.asdict(run.config),
+        "data": run.args.data,
+        "data_crc32": run.digest,
+        "ranks": run.ranks.size,
+        **report.environment(run),
+    }
+
+
 def summarise(run, folder):
     """The one look at the test set; writes summary.json and curves.png, returns the summary."""
     x_test, y_test = run.xp.asarray(run.x_test), run.xp.asarray(run.y_test)
@@ -506,6 +517,7 @@ def summarise(run, folder):
         "max_S_norm": run.largest_s if run.measures else None,
         "parameters": sum(p.size for p in run.parameters.values()),
         "peak_memory_mb": report.peak_memory(),
+        "repeat": repetition(run),
     }
     report.write_json(folder / "summary.json", summary)
     if rows:
@@ -683,13 +695,11 @@ def work(run, folder):
     count = sum(p.size for p in run.parameters.values())
     print(f"{config.attention}, {config.depth} layers, {count:,} parameters, {run.steps:,} steps")
     print(f"writing {folder}")
-    about = {"config": dataclasses.asdict(config), "data": args.data,
-             "ranks": run.ranks.size, **report.environment(run)}  # fmt: skip
     if args.resume:
         if (folder / "metrics.csv").exists():
             report.read_metrics(folder / "metrics.csv")
     else:
-        report.write_json(folder / "config.json", about)
+        report.write_json(folder / "config.json", repetition(run))
     with Stop() as stop:
         finished = run.train(folder, stop)
     if not finished:

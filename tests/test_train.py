@@ -381,6 +381,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained, s
     assert all(ours[k] != theirs[k] for k in ours if k.endswith(("W_QK", "W_V", "W_1", "W_E")))
 
 
+def test_the_summary_alone_is_enough_to_repeat_a_run_to_the_bit(small, tmp_path):
+    changed = "--seed 3 --eta 0.35 --optimizer adamw --lr 0.002 --weight-decay 0.1 --norm".split()
+    succeed(*SMALL, *changed, "--data", small, "--max-steps", 4, "--out", tmp_path / "a")
+    summary = json_of(tmp_path / "a" / "summary.json")
+    repeat, arguments = summary["repeat"], []
+    for name, value in repeat["config"].items():
+        option = "--" + name.replace("_", "-")
+        arguments += [option] * value if isinstance(value, bool) else [option, value]
+    arguments += ["--data", repeat["data"], "--threads", repeat["threads"]]
+    succeed(*arguments, "--max-steps", summary["steps"], "--out", tmp_path / "b")
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    assert {"python", "numpy", "git_commit", "processor", "device", "data_crc32"} <= set(repeat)
+
+
 def test_the_seed_decides_the_first_weights_and_the_validation_images(small):
     first, again, other = (
         train.Run(*train.parse([*SMALL, "--data", str(small), "--seed", seed])[:2], np, "cpu")
