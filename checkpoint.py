@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 import zipfile
 
 import numpy as np
@@ -108,7 +109,9 @@ def read_npz(path, limit, check=lambda name, shape, dtype: None):
             with archive.open(member) as file:
                 if np.lib.format.read_magic(file) != (1, 0):
                     raise ValueError(f"{name} is not in version 1.0 of the .npy format")
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                with warnings.catch_warnings():  # of a file from Python 2, which is none the worse
+                    warnings.simplefilter("ignore", UserWarning)
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
                 if dtype.kind not in "biuf":
                     raise ValueError(f"{name} has dtype {dtype}")
                 check(name, shape, dtype)

@@ -15,6 +15,7 @@ import struct
 import sys
 import tempfile
 import tracemalloc
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -171,6 +172,7 @@ def fuzz(count, seed=0, only=None):
             good, seen = path.read_bytes(), Counter()
             read(path)
             rng = random.Random(f"{seed} {name}")
+            warnings.simplefilter("error")
             tracemalloc.start()
             for i in range(count):
                 damaged = rng.choice(ways)(good, rng)

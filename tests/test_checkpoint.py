@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -288,6 +289,17 @@ def test_an_array_that_is_there_twice_is_refused(saved):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(saved, "a") as archive:
         archive.writestr("W.npy", npy(np.ones(6, np.float32)))
     assert "is there twice" in refusal(saved)
+
+
+def test_an_array_of_python_2_is_read_without_a_warning(saved):
+    """Its header says 6L for 6, at which NumPy warns."""
+    raw = npy(np.arange(6.0))
+    assert raw.count(b"(6,), } ") == 1
+    with zipfile.ZipFile(saved, "a") as archive:
+        archive.writestr("old.npy", raw.replace(b"(6,), } ", b"(6L,), }"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint.load(saved)[0]["old"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_file_that_declares_more_than_it_holds_is_refused_without_taking_memory(tmp_path):
