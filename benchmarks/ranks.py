@@ -1,0 +1,115 @@
+"""A training step on one rank and on several, and the model of README against it.
+
+    python benchmarks/ranks.py [--ranks 2]
+
+Starts itself under mpiexec, one thread per rank, with 1 and with K ranks in turns.  Each run times,
+step by step, the gradients, their sum over the ranks (after a barrier, so without waiting for the
+slower one) and the update; medians over the steps, then over the turns.  Writes results/ranks.json:
+the model T(K) = c/K + f + sum(K) for the K measured, and for several machines over Ethernet.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+STEPS, TURNS = 60, 3
+# Bytes per second and seconds of one message.
+NETWORKS = {"10 gigabit": (1.25e9, 30e-6), "1 gigabit": (1.25e8, 60e-6)}
+
+
+def child():
+    """One rank: prints, from the first, the median milliseconds of the parts of a step."""
+    import autograd as ag
+    import machines
+    import optimizers
+    import train
+
+    ag.keep_freed_memory()
+    ranks = machines.Ranks()
+    config, args, _ = train.parse(["--threads", "1"])
+    run = train.Run(config, args, ag.find_device("cpu")[0], "cpu", ranks=ranks)
+    parts = {"gradients": [], "sum": [], "update": [], "step": []}
+
+    def timed(name, f, *arguments):
+        start = time.perf_counter()
+        result = f(*arguments)
+        parts[name].append(time.perf_counter() - start)
+        return result
+
+    def update():
+        optimizers.clip_gradients(run.parameters, config.clip)
+        for optimizer, lr in run.optimizers:
+            optimizer.step(lr, run.step + 1)
+
+    for _ in range(STEPS):
+        loss, right = timed("gradients", lambda: run.gradients(*run.batch(ranks.rank, ranks.size)))
+        if ranks.comm:
+            ranks.comm.Barrier()
+        timed("sum", ranks.sum_gradients, run.parameters, loss, right)
+        timed("update", update)
+        for p in run.parameters.values():
+            p.grad = None
+        run.step += 1
+    for _ in range(STEPS):
+        timed("step", run.train_step)
+    print(json.dumps({k: 1e3 * statistics.median(v[5:]) for k, v in parts.items()}), flush=True)
+
+
+def measure(ranks):
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    command = [str(mpiexec), "-n", str(ranks), sys.executable, __file__, "--child"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def model(one, parameters, ranks, network):
+    """Milliseconds of a step on `ranks` machines, by the formula of README."""
+    bandwidth, latency = network
+    rounds = (ranks - 1).bit_length()
+    exchange = 2 * (ranks - 1) / ranks * 4 * parameters / bandwidth + 2 * rounds * latency
+    return one["gradients"] / ranks + one["update"] + 1e3 * exchange
+
+
+def main():
+    from machine import about
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child()
+    runs = [(measure(1), measure(args.ranks)) for _ in range(TURNS)]
+    one, many = (
+        {k: round(statistics.median(run[i][k] for run in runs), 2) for k in runs[0][0]}
+        for i in (0, 1)
+    )
+    predicted = one["gradients"] / args.ranks + one["update"] + many["sum"]
+    result = {
+        "milliseconds": {"1 rank": one, f"{args.ranks} ranks": many},
+        "speed_up": round(one["step"] / many["step"], 2),
+        "speed_up_of_the_model": round(one["step"] / predicted, 2),
+        "speed_up_of_the_model_over_ethernet": {
+            name: {k: round(one["step"] / model(one, 202_706, k, network), 2) for k in (2, 4, 8)}
+            for name, network in NETWORKS.items()
+        },
+        **about(),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    (ROOT / "benchmarks" / "results" / "ranks.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
