@@ -216,6 +216,8 @@ class Tensor:
         for node in reversed(topological_order(self)):
             g = grads.pop(id(node))
             if node._backward is None:  # a leaf: accumulate, in memory of its own
+                if g.dtype != node.dtype:  # beside a constant of a wider dtype
+                    g = g.astype(node.dtype)
                 node.grad = xp.array(g) if node.grad is None else node.grad + g
                 continue
             if node._backward is _USED:
@@ -313,7 +315,10 @@ def unbroadcast(g, shape):
     """The adjoint of broadcasting `shape` to g.shape: sums g over the axes that were stretched."""
     if g.shape == tuple(shape):
         return g
-    g = g.sum(axis=tuple(range(g.ndim - len(shape))))
+    new = g.ndim - len(shape)
+    if new < 0 or any(n not in (1, m) for n, m in zip(shape, g.shape[new:])):
+        raise ValueError(f"shape {tuple(shape)} does not broadcast to {g.shape}")
+    g = g.sum(axis=tuple(range(new)))
     stretched = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
     return g.sum(axis=stretched, keepdims=True) if stretched else g
 
@@ -404,7 +409,8 @@ def power(a, exponent):
     if not isinstance(exponent, (int, float)):
         raise TypeError(f"exponent must be a Python number, got {type(exponent).__name__}")
     (a,) = _tensors(a)
-    return _elementwise(a.data**exponent, (a,), lambda g: g * (exponent * a.data ** (exponent - 1)))
+    lower = exponent - 1 if exponent else 0  # a⁰ is constant, also at 0
+    return _elementwise(a.data**exponent, (a,), lambda g: g * (exponent * a.data**lower))
 
 
 def exp(a):
@@ -435,10 +441,12 @@ def maximum(a, constant):
 
 
 def leaky_relu(a, slope, gain=1.0):
-    """gain · (a if a > 0 else slope · a), for 0 ≤ slope ≤ 1."""
+    """gain · (a if a > 0 else slope · a), for 0 ≤ slope ≤ 1 and gain > 0."""
+    if not (0 <= slope <= 1 and gain > 0):
+        raise ValueError(f"slope must be in 0 … 1 and gain positive, got {slope} and {gain}")
     (a,) = _tensors(a)
     xp = array_module(a)
-    out = a.data * gain
+    out = xp.asarray(a.data * gain)  # NumPy makes a number of a 0-d product
     xp.maximum(out, a.data * (gain * slope), out=out)
 
     def vjp(g):  # g · (gain or gain · slope); arithmetic on the mask is 6 times faster than `where`
@@ -467,6 +475,9 @@ def sum(a, axis=None, keepdims=False):
 
 def mean(a, axis=None, keepdims=False):
     """The mean over `axis`."""
+    (a,) = _tensors(a)
+    if not a.size:
+        raise ValueError(f"no mean of an empty tensor, shape {a.shape}")
     out = sum(a, axis, keepdims)
     return out * (out.size / a.size)
 
@@ -482,8 +493,9 @@ def transpose(a, axes=()):
     """The axes in another order; reversed when none is given."""
     (a,) = _tensors(a)
     axes = tuple(axes) or tuple(reversed(range(a.ndim)))
-    inverse = tuple(axes.index(i) for i in range(a.ndim))
-    return record(a.data.transpose(axes), (a,), lambda g: [g.transpose(inverse)])
+    out = a.data.transpose(axes)
+    inverse = sorted(range(a.ndim), key=lambda i: axes[i] % a.ndim)
+    return record(out, (a,), lambda g: [g.transpose(inverse)])
 
 
 def getitem(a, index):
@@ -506,9 +518,9 @@ def getitem(a, index):
 def concatenate(tensors, axis=-1):
     """Tensors joined along `axis`."""
     tensors = _tensors(*tensors)
-    ends = np.cumsum([t.shape[axis] for t in tensors])[:-1].tolist()
     xp = array_module(*tensors)
     out = xp.concatenate([t.data for t in tensors], axis=axis)
+    ends = np.cumsum([t.shape[axis] for t in tensors])[:-1].tolist()
     return record(out, tensors, lambda g: xp.split(g, ends, axis=axis))
 
 
@@ -521,7 +533,7 @@ def matmul(a, b):
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"matmul needs (..., n, k) and (..., k, m), got {a.shape} and {b.shape}")
     if b.ndim == 2 and a.ndim > 2:  # (..., N, k) x (k, m): one large product, not many small ones
-        rows = reshape(a, (-1, a.shape[-1]))
+        rows = reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
         return reshape(matmul(rows, b), (*a.shape[:-1], b.shape[-1]))
     return _elementwise(
         a.data @ b.data,
@@ -537,16 +549,16 @@ def linear(X, W, b):
     ∂/∂X: g Wᵀ,  ∂/∂W: Xᵀ g,  ∂/∂b: the sum of g over all rows.
     """
     X, W, b = _tensors(X, W, b)
-    if W.ndim != 2 or X.shape[-1] != W.shape[0] or b.shape != W.shape[1:]:
+    if W.ndim != 2 or X.shape[-1:] != W.shape[:1] or b.shape != W.shape[1:]:
         raise ValueError(
             f"linear needs (..., k), (k, m), (m,), got {X.shape}, {W.shape}, {b.shape}"
         )
-    rows = X.data.reshape(-1, W.shape[0])
+    rows = X.data.reshape(math.prod(X.shape[:-1]), W.shape[0])
     out = rows @ W.data
     out += b.data
 
     def backward(g):
-        g = g.reshape(-1, W.shape[1])
+        g = g.reshape(len(rows), W.shape[1])
         dX = (g @ W.data.T).reshape(X.shape) if X.requires_grad else None
         return dX, rows.T @ g, g.sum(axis=0)
 
@@ -566,8 +578,8 @@ def cross_entropy(logits, labels):
     """Mean cross-entropy of (B, C) logits against (B,) integer labels; VJP: (p − onehot) / B."""
     (logits,) = _tensors(logits)
     xp = array_module(logits, labels)
-    if isinstance(labels, Tensor):
-        raise TypeError("labels must be an array, not a Tensor")
+    if isinstance(labels, (Tensor, int, float)):
+        raise TypeError(f"labels must be an array, not a {type(labels).__name__}")
     if (
         logits.size == 0
         or logits.ndim != 2
@@ -585,7 +597,7 @@ def cross_entropy(logits, labels):
     onehot = labels[:, None] == xp.arange(logits.shape[1])
     z = logits.data - logits.data.max(axis=-1, keepdims=True)
     log_p = z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
-    loss = -(log_p * onehot).sum() / len(labels)
+    loss = -xp.where(onehot, log_p, 0).sum() / len(labels)  # not a product: −∞ · 0 is NaN
     return record(loss, (logits,), lambda g: [(xp.exp(log_p) - onehot) * (g / len(labels))])
 
 
@@ -603,8 +615,9 @@ def gradient_check(f, *arrays, rng=None, step=None, directions=3):
     Raises TypeError unless every array is float64.
     """
     for a in arrays:
-        if a.dtype != np.float64:
-            raise TypeError(f"gradient_check needs float64 arrays, got {a.dtype}")
+        if getattr(a, "dtype", None) != np.float64:
+            got = getattr(a, "dtype", type(a).__name__)
+            raise TypeError(f"gradient_check needs float64 arrays, got {got}")
     rng = rng or np.random.default_rng(0)
     xp = array_module(*arrays)
     h = step or np.finfo(np.float64).eps ** (1 / 3)

@@ -13,8 +13,10 @@ from osa_minimal import MultiHeadOSA, SkiplessTransformer, random_orthogonal
 
 def softmax_forward(F):
     """softmax(Q Kᵀ/√d_v) V from F = [Q, K, V] (..., N, 3 d_v), and what its backward needs."""
-    d_v = F.shape[-1] // 3
     xp = array_module(F)
+    if F.ndim < 2 or F.shape[-1] % 3 or not F.size:
+        raise ValueError(f"F must be (..., N, 3 d_v), not empty, got shape {F.shape}")
+    d_v = F.shape[-1] // 3
     Q, K, V = F[..., :d_v], F[..., d_v : 2 * d_v], F[..., 2 * d_v :]
     A = (Q * d_v**-0.5) @ K.swapaxes(-1, -2)  # (..., N, N)
     A -= A.max(axis=-1, keepdims=True)
@@ -110,7 +112,11 @@ ATTENTION = {
 
 def layer_norm_forward(X, gain, bias, eps=1e-5):
     """gain ∘ X̂ + bias, X̂ = (X − mean)/√(variance + eps) over the last axis."""
-    xp = array_module(X)
+    xp = array_module(X, gain, bias)
+    if not X.shape[-1:] == gain.shape == bias.shape != (0,):
+        raise ValueError(
+            f"layer_norm needs (..., d), (d,), (d,), got {X.shape}, {gain.shape}, {bias.shape}"
+        )
     centred = X - X.mean(axis=-1, keepdims=True)
     scale = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
     centred *= scale  # X̂

@@ -101,6 +101,7 @@ def statistics(x):
 
     Computed exactly from the histogram.  Raises DataError if all pixels are equal.
     """
+    array_module(x)  # TypeError for what is no array
     if x.dtype != np.uint8:
         raise DataError(f"images must be uint8, got {x.dtype}")
     counts = np.zeros(256, np.int64)
@@ -116,6 +117,7 @@ def statistics(x):
 
 def standardise(x, mean, std):
     """(x/255 − mean)/std in float32, for uint8 images x of any shape, NumPy or CuPy."""
+    array_module(x)  # TypeError for what is no array
     if x.dtype != np.uint8:
         raise DataError(f"images must be uint8, got {x.dtype}")
     if not (math.isfinite(mean) and 0 < std < math.inf):
@@ -135,8 +137,13 @@ def crops(x, chosen, offsets, size):
     """size × size windows of the padded images x[chosen], at offsets (B, 2) from their corners.
 
     x: (n, H, H); chosen: (B,) integers; NumPy or CuPy.  Returns (B, size, size) in x's dtype.
+    Raises DataError for negative ones, which would count from the end, and IndexError beyond it;
+    on a GPU, where it would have to wait, it does not look.
     """
-    window = array_module(x).arange(size)
+    xp = array_module(x, chosen, offsets)
+    if xp is np and min(chosen.min(initial=0), offsets.min(initial=0)) < 0:
+        raise DataError("chosen and offsets must not be negative")
+    window = xp.arange(size)
     rows = (offsets[:, 0, None] + window)[:, :, None]
     columns = (offsets[:, 1, None] + window)[:, None, :]
     return x[chosen[:, None, None], rows, columns]

@@ -14,6 +14,8 @@ from autograd import array_module
 
 def schedule(step, steps, warmup):
     """The factor on the learning rate: linear warm-up to 1, then half a cosine down to 0."""
+    if not step >= 0:
+        raise ValueError(f"step counts from 0, got {step}")
     if step < warmup:
         return (step + 1) / warmup
     done = min(1, (step - warmup) / max(1, steps - warmup))
@@ -54,6 +56,8 @@ def clip_gradients(parameters, largest):
     Raises FloatingPointError for a norm that is NaN or Inf, which would turn all gradients to 0; on
     a GPU, where it would have to wait, they turn to NaN instead and the loss will show it.
     """
+    if not largest >= 0:
+        raise ValueError(f"largest must be 0 or more, got {largest}")
     g = _joined([p.grad for p in parameters.values()])
     norm = _norm(g)
     if array_module(norm) is np and not math.isfinite(norm):
@@ -98,15 +102,24 @@ class AdamW:
             p.data = part  # not the caller's array
 
 
+def _tall(M):
+    """Whether the matrices M (..., n, m) have more rows than columns."""
+    array_module(M)  # TypeError for what is no array
+    if M.ndim < 2:
+        raise ValueError(f"expected matrices (..., n, m), got shape {M.shape}")
+    return M.shape[-2] > M.shape[-1]
+
+
 def orthogonalise(M, steps=5):
     """The orthogonal polar factor of M (..., n, m), roughly: most singular values in 0.7 … 1.2.
 
     Muon's quintic Newton–Schulz iteration (Jordan et al., 2024): fast from any starting point, but
-    it never settles at 1, so it serves for update directions, not for a basis.
+    it never settles at 1, so it serves for update directions, not for a basis.  M with ‖M‖_F below
+    some 1e-11, or with squares that underflow, counts as nothing and gives less.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     xp = array_module(M)
-    tall = M.shape[-2] > M.shape[-1]
+    tall = _tall(M)
     X = M.swapaxes(-1, -2) if tall else M
     X = X / (xp.sqrt((X * X).sum(axis=(-2, -1), keepdims=True)) + 1e-12)
     for _ in range(steps):
@@ -120,7 +133,7 @@ def retract(W, steps=2):
 
     Cubic Newton–Schulz, W ← ½ W (3I − WᵀW): the error is squared by each step.
     """
-    tall = W.shape[-2] > W.shape[-1]
+    tall = _tall(W)
     for _ in range(steps):
         Wt = W.swapaxes(-1, -2)
         W = 1.5 * W - (0.5 * W @ (Wt @ W) if tall else 0.5 * (W @ Wt) @ W)
@@ -138,6 +151,9 @@ class Muon:
     def __init__(self, parameters, momentum=0.95, retraction=True):
         self.parameters, self.momentum, self.retraction = parameters, momentum, retraction
         self.groups, self.state = {}, {}  # shape: (its parameters, their momentum (k, n, m))
+        for name, p in parameters.items():
+            if p.ndim < 2 or not p.size:
+                raise ValueError(f"Muon takes matrices (..., n, m), {name} has shape {p.shape}")
         shapes = dict.fromkeys(p.shape[-2:] for p in parameters.values())
         for n, m in shapes:
             group = {k: p for k, p in parameters.items() if p.shape[-2:] == (n, m)}

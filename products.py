@@ -35,8 +35,8 @@ def cholesky_basis(P):
     times those of P down to its rounding (shifted Cholesky QR, arXiv 1809.11085).  Along what is
     smaller still S vanishes to rounding, so there B need not be orthonormal.
     """
-    xp, (N, r), eps = array_module(P), P.shape[-2:], float(np.finfo(P.dtype).eps)
     B = P = unit_columns(P)
+    xp, (N, r), eps = array_module(P), P.shape[-2:], float(np.finfo(P.dtype).eps)
     shift = eps * (4 * r + math.sqrt(N)) * xp.eye(r, dtype=P.dtype)
     for _ in range(3):
         B = B @ _T(xp.linalg.inv(xp.linalg.cholesky(_T(B) @ B + shift)))

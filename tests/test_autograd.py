@@ -108,6 +108,19 @@ def test_float32_stays_float32_forward_and_backward(name, xp):
     assert [t.grad.dtype for t in inputs] == [np.float32] * len(inputs)
 
 
+@pytest.mark.parametrize("narrow", [0, 1])
+@pytest.mark.parametrize("f", [ag.add, ag.divide, ag.matmul, lambda *t: ag.concatenate(t)])
+def test_a_gradient_has_the_dtype_of_its_tensor_beside_a_wider_one(f, narrow, xp, rng):
+    arrays = [xp.asarray(positive(rng, (3, 3))) for _ in range(2)]
+    arrays[narrow] = arrays[narrow].astype(np.float32)
+    inputs = [Tensor(a, requires_grad=True) for a in arrays]
+    for _ in range(2):  # also where gradients accumulate
+        out = f(*inputs)
+        out.backward(xp.ones_like(out.data))
+    assert out.dtype == np.float64
+    assert all(t.grad.dtype == t.dtype for t in inputs)
+
+
 @each_operation
 def test_inputs_and_the_gradient_passed_in_are_not_modified(name, xp):
     f, arrays = arguments(name, xp)

@@ -252,6 +252,12 @@ def test_gradients_whose_norm_is_not_finite_are_never_turned_to_zero(xp, value):
         assert np.isnan(ag.to_cpu(parameters["a"].grad)).all()
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0, 3), (2, 0)])
+def test_muon_takes_matrices_only(shape):
+    with pytest.raises(ValueError, match="Muon takes matrices .* b has shape"):
+        optimizers.Muon(tensors(np, {"b": np.ones(shape)}))
+
+
 @pytest.mark.parametrize("kind", [optimizers.AdamW, optimizers.Muon])
 def test_a_step_0_and_gradients_of_another_shape_are_refused_by_name(xp, kind):
     parameters = tensors(xp, {"W": np.eye(3)})

@@ -1,0 +1,299 @@
+"""baselines.py, optimizers.py, products.py and data.py, on inputs that nobody would think of.
+
+The promise of test_properties_autograd.py: the formula in float64, or an error that says why not.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from test_properties import LAYOUTS, SHAPES, laid_out
+from test_properties_autograd import (
+    assert_close,
+    assert_held,
+    attempt,
+    batches,
+    dtypes,
+    fits,
+    numbers,
+    seeds,
+    sizes,
+    with_gradients,
+)
+
+import baselines
+import data
+import optimizers
+import osa_minimal as osa
+import products
+from autograd import Tensor
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+lengths = st.integers(1, 5)
+
+
+@given(seeds, batches, lengths, lengths, dtypes)
+def test_softmax_attention_and_its_gradient_are_the_formula(rng, batch, N, d, dtype):
+    Q, K, V, dO = numbers(rng, dtype, *[(*batch, N, d)] * 4, odd=())
+    F = laid_out(np.concatenate([Q, K, V], axis=-1), rng.choice(LAYOUTS))
+    result = attempt(with_gradients(baselines.softmax_attention), dO, F)
+    if not F.size:
+        assert isinstance(result, ValueError)
+        return
+    Q, K, V, dO = (a.astype(float) for a in (Q, K, V, dO))
+    scores = Q @ K.mT / math.sqrt(d)
+    A = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    A /= A.sum(axis=-1, keepdims=True)
+    dA = dO @ V.mT
+    dS = A * (dA - (dA * A).sum(axis=-1, keepdims=True)) / math.sqrt(d)
+    wanted = A @ V, np.concatenate([dS @ K, dS.mT @ Q, A.mT @ dO], axis=-1)
+    # A is right to `wrong`, since a score is right to that; on the way are these products.
+    wrong = max(1.0, (abs(Q) @ abs(K).mT).max())
+    flow, over_tokens = (abs(dO) @ abs(V).mT).max(), lambda a: abs(a).max() * N
+    parts = [flow * over_tokens(K), flow * over_tokens(Q), over_tokens(dO)]
+    terms = over_tokens(V), np.repeat(parts, d)
+    if isinstance(result, Exception) or 16 * (N + d) * float(np.finfo(dtype).eps) * wrong < 0.1:
+        count, lost = 16 * (N + d) * wrong, [over_tokens(a) for a in (Q, K, V, dO)]
+        assert_held(result, wanted, terms, dtype, count, lost, (wrong, flow))
+    else:
+        assert abs(result[0]).max() <= terms[0]  # a mean of values nevertheless
+
+
+@given(seeds, batches, lengths, dtypes)
+def test_layer_norm_and_its_gradients_are_the_formula(rng, batch, d, dtype):
+    X, gain, bias, dY = numbers(rng, dtype, (*batch, d), (d,), (d,), (*batch, d), odd=())
+    result = attempt(with_gradients(baselines.layer_norm), dY, X, gain, bias)
+    x, a, b, g = (t.astype(float) for t in (X, gain, bias, dY))
+    centred = x - x.mean(axis=-1, keepdims=True)
+    scale = 1 / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    hat, D, over = centred * scale, g * a, tuple(range(len(batch)))
+    dX = D - D.mean(axis=-1, keepdims=True) - hat * (D * hat).mean(axis=-1, keepdims=True)
+    wanted = hat * a + b, scale * dX, (g * hat).sum(axis=over), g.sum(axis=over)
+    # The mean is subtracted from entries that are larger than their differences by `wrong`.
+    wrong = max(1.0, (abs(x).max(axis=-1, keepdims=True) * scale).max(initial=0))
+    most = [abs(t).max(initial=0) for t in (a, b, g, scale)]
+    terms = most[0] + most[1], most[3] * most[0] * most[2], abs(g).sum(), abs(g).sum()
+    count = 16 * (d + 4 + math.prod(batch)) * d * wrong
+    if isinstance(result, Exception) or count * float(np.finfo(dtype).eps) < 0.1:
+        steps = (x**2 * d, D * d, *most)
+        assert_held(result, wanted, terms, dtype, count, (most[2], most[3]), steps)
+
+
+@given(st.integers(-3, 40), st.integers(0, 30), st.integers(0, 10))
+def test_the_schedule_is_a_ramp_and_half_a_cosine(step, steps, warmup):
+    if step < 0:
+        with pytest.raises(ValueError, match="step"):
+            optimizers.schedule(step, steps, warmup)
+        return
+    part = min(1.0, (step - warmup) / max(1, steps - warmup))
+    want = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * part)) / 2
+    assert 0 <= optimizers.schedule(step, steps, warmup) <= 1
+    assert math.isclose(optimizers.schedule(step, steps, warmup), want, rel_tol=1e-15)
+
+
+def parameters_of(dtype, arrays, grads):
+    parameters = {str(i): Tensor(a, requires_grad=True) for i, a in enumerate(arrays)}
+    for p, g in zip(parameters.values(), grads):
+        p.grad = g
+    return parameters
+
+
+@given(seeds, st.lists(batches, min_size=1, max_size=3), dtypes, st.sampled_from([0, 1e-3, 1, -1]))
+def test_clipping_gives_a_norm_of_at_most_that_or_refuses(rng, shapes, dtype, largest):
+    grads = numbers(rng, dtype, *shapes)
+    parameters = parameters_of(dtype, grads, grads)
+    norm = attempt(lambda *_: optimizers.clip_gradients(parameters, largest), *grads)
+    with np.errstate(all="ignore"):
+        squares = sum((g.astype(float) ** 2).sum() for g in grads)
+    if isinstance(norm, Exception):
+        assert largest < 0 or not fits(dtype, squares)
+        return
+    assert largest >= 0
+    n, limits = sum(g.size for g in grads), np.finfo(dtype)
+    # Squares that underflow are lost, each at most the least number.
+    slack = math.sqrt((n + 1) * float(limits.smallest_subnormal))
+    want = math.sqrt(squares)
+    assert abs(norm - want) <= (n + 4) * float(limits.eps) * want + slack
+    factor = min(1, largest / (want + 1e-12))
+    for p, g in zip(parameters.values(), grads):
+        assert p.grad.dtype == dtype
+        bound = (n + 8) * float(limits.eps) * abs(g.astype(float) * factor)
+        assert_close(p.grad, g.astype(float) * factor, bound + slack)
+
+
+@given(seeds, batches, dtypes, st.integers(1, 9), st.sampled_from([0.0, 0.1]))
+def test_an_adamw_step_is_the_formula(rng, shape, dtype, t, decay):
+    w, g, m, v = numbers(rng, dtype, *[shape] * 4, odd=())
+    v = abs(v)
+    parameters = parameters_of(dtype, [w], [g])
+    optimizer = optimizers.AdamW(parameters, weight_decay=decay)
+    optimizer.state["0.m"][...], optimizer.state["0.v"][...] = m, v
+    result = attempt(lambda *_: optimizer.step(0.1, t), w, g)
+    W, G, M, E = (a.astype(float) for a in (w, g, m, v))
+    M, E = 0.9 * M + 0.1 * G, 0.95 * E + 0.05 * G**2
+    root = np.sqrt(E / (1 - 0.95**t)) + 1e-8
+    want = W - 0.1 * (M / (1 - 0.9**t) / root + decay * W)
+    # A second moment below the least number is lost, a root of 1e-22 beside 1e-8.
+    terms = abs(W) + (abs(m.astype(float)) + abs(G)) / (1 - 0.9**t) / root
+    steps = G**2, 20 * E, 10 * M, 20.0 * v, terms
+    assert_held(result or [parameters["0"].data], [want], [terms], dtype, 64, 1 / root, steps)
+
+
+def polar_by_hand(M):
+    X = M / (np.sqrt((M**2).sum(axis=(-2, -1), keepdims=True)) + 1e-12)
+    for _ in range(5):
+        X = 3.4445 * X - 4.7750 * X @ X.mT @ X + 2.0315 * X @ X.mT @ X @ X.mT @ X
+    return X
+
+
+@given(seeds, st.lists(batches, min_size=1, max_size=3), sizes, sizes, dtypes)
+def test_a_muon_step_is_the_formula_and_ends_orthogonal(rng, shapes, n, m, dtype):
+    shapes = [(*batch, n, m) for batch in shapes]
+    grads = numbers(rng, dtype, *shapes, odd=())
+    starts = [np.zeros(shape) for shape in shapes]
+    for W in starts:
+        for i in np.ndindex(W.shape[:-2] if W.size else (0,)):
+            W[i] = osa.random_orthogonal(n, m, rng, np.float64)
+    parameters = parameters_of(dtype, [W.astype(dtype) for W in starts], grads)
+    result = attempt(lambda *_: optimizers.Muon(parameters).step(0.01, 1), *grads)
+    if isinstance(result, Exception):
+        wide = [g.astype(float) ** 2 for g in grads]
+        assert not all(g.size for g in grads) or not fits(dtype, *wide), result
+        return
+    eps = float(np.finfo(dtype).eps)
+    for p, W, g in zip(parameters.values(), starts, grads):
+        assert p.data.dtype == dtype and p.data.shape == W.shape
+        got, orthogonal = p.data.astype(float), min(n, m) * eps
+        gram = got.mT @ got if n >= m else got @ got.mT
+        # ‖WᵀW − I‖ = e ≤ 2 lr ‖update‖ + …, 0.027 as ‖update‖ ≤ 1.3, is ¾ e² after a retraction.
+        assert abs(gram - np.eye(min(n, m))).max() <= 8 * orthogonal + 2.5e-7
+        if np.sqrt((g.astype(float) ** 2).sum(axis=(-2, -1))).min() > 1e-15:  # squares are there
+            W = W - 0.01 * polar_by_hand(1.95 * g.astype(float))
+            for _ in range(2):
+                W = 1.5 * W - 0.5 * W @ W.mT @ W
+            # Five quintic steps multiply a small error by up to 3.4445⁵ = 485.
+            assert abs(got - W).max() <= 0.01 * 485 * 8 * orthogonal + 16 * orthogonal
+
+
+SPECIAL = st.sampled_from(["", "rank one", "zeros", "twins", "near twins"])
+
+
+@given(seeds, batches, lengths, sizes, dtypes, SPECIAL)
+def test_the_cholesky_basis_spans_its_matrix(rng, batch, r, more, dtype, special):
+    (P,) = numbers(rng, dtype, (*batch, r + more, r), odd=())
+    P = P * 10.0 ** rng.integers(-3, 4, r).astype(dtype)  # columns of their own scales
+    if special == "rank one":
+        P = P[..., :1] * np.ones(r, dtype)
+    elif special == "zeros":
+        P[..., rng.integers(r) :] = 0
+    elif special == "twins":
+        P[..., -1] = P[..., 0]
+    elif special == "near twins":
+        P[..., -1] = P[..., 0] * (1 + 1e-3 * rng.standard_normal(P.shape[:-1]))
+    P = laid_out(P, rng.choice(LAYOUTS))
+    unit, B = attempt(products.unit_columns, P), attempt(products.cholesky_basis, P)
+    assert unit.dtype == B.dtype == dtype and B.shape == P.shape
+    eps, wide = float(np.finfo(dtype).eps), P.astype(float)
+    norms = np.sqrt((wide**2).sum(axis=-2, keepdims=True))
+    assert_close(unit * norms, wide, 8 * (r + more) * eps * norms)
+    assert np.linalg.norm(B.astype(float), 2, axis=(-2, -1)).max(initial=0) <= 1 + 1e-5
+    # Three factorisations with a shift of eps (4r + √N), whose traces the last step squares.
+    assert abs(B @ (B.mT.astype(float) @ unit) - unit).max(initial=0) <= 400 * eps
+
+
+@given(seeds, batches, lengths, lengths, dtypes, st.integers(-30, 30))
+def test_the_exponential_by_squaring_is_that_by_the_spectrum_or_nan(rng, batch, n, m, dtype, size):
+    W, G = numbers(rng, dtype, (*batch, n, m), (*batch, n, m), odd=())
+    M = rng.standard_normal((*batch, n, n)) * 10.0**size
+    S = (M - M.mT).astype(dtype)
+
+    def exponential(S, W, G):
+        small = products.Products(S, W)
+        return small.value, *small.adjoint(G)
+
+    result, (s, w, g) = attempt(exponential, S, W, G), (a.astype(float) for a in (S, W, G))
+    norms = [np.linalg.norm(a, axis=(-2, -1), keepdims=True) for a in (s, w, g)]
+    if isinstance(result, Exception):
+        assert not fits(dtype, norms[1] * norms[2]), result
+        return
+    lost = np.isnan(result[0]).any(axis=(-2, -1), keepdims=True)
+    assert (norms[0][lost] > 1000).all()
+    s = np.where(lost, 0, s)
+    wanted = osa.exp_skew(s) @ w, osa.exp_skew(-s) @ g, osa.frechet_skew(-s, g @ w.mT)
+    # Each squaring doubles the error; at most 2 ‖S‖ of them, in effect.
+    tol = 32 * n * float(np.finfo(dtype).eps) * np.maximum(1, norms[0])
+    for got, want, scale in zip(result, wanted, (norms[1], norms[2], norms[1] * norms[2])):
+        assert got.dtype == dtype
+        slack = 64 * n * float(np.finfo(dtype).tiny)
+        assert_close(np.where(lost, 0, got), np.where(lost, 0, want), tol * scale + slack)
+
+
+@given(seeds, lengths, lengths, st.integers(0, 3))
+def test_images_are_scaled_padded_and_cut_as_the_formulas_say(rng, n, H, width):
+    x = rng.integers(0, rng.choice([2, 256]), (n, H, H), dtype=np.uint8)
+    x = x[:, :: rng.choice([-1, 1])].transpose(0, *rng.permutation([1, 2]))
+    found = attempt(data.statistics, x)
+    if isinstance(found, Exception):
+        assert (x == x[0, 0, 0]).all()
+    else:
+        assert_close(np.array(found), np.array([(x / 255).mean(), (x / 255).std()]), 1e-14)
+    mean, std = rng.standard_normal(), 10.0 ** rng.integers(-30, 31)
+    scaled = attempt(lambda x: data.standardise(x, mean, std), x)
+    assert scaled.dtype == np.float32
+    assert_close(
+        scaled, (x / 255 - mean) / std, 8 * float(np.finfo(np.float32).eps) * (1 + abs(mean)) / std
+    )
+    padded = attempt(lambda x: data.pad(x, width), x)
+    assert padded.dtype == np.uint8 and padded.shape == (n, H + 2 * width, H + 2 * width)
+    assert (padded[:, width : width + H, width : width + H] == x).all()
+    assert padded.sum(dtype=int) == x.sum(dtype=int)
+    chosen, offsets = rng.integers(0, n, 4), rng.integers(0, 2 * width + 1, (4, 2))
+    offsets[0, 0] += rng.choice([0, 0, -1, 1])
+    cut = attempt(lambda *a: data.crops(*a, H), padded, chosen, offsets)
+    if isinstance(cut, Exception):
+        assert offsets.min() < 0 or offsets.max() > 2 * width
+        return
+    for image, i, (row, column) in zip(cut, chosen, offsets):
+        assert (image == padded[i, row : row + H, column : column + H]).all()
+
+
+@given(seeds, lengths, st.integers(-1, 7), st.none() | st.integers(-1, 7))
+def test_a_split_shares_out_each_image_at_most_once(rng, n, validation, limit):
+    x, y = np.arange(n, dtype=np.uint8)[:, None, None], np.arange(n, dtype=np.uint8)
+    dataset = data.Dataset(x, y, x, y, "numbers")
+    try:
+        parts = data.split(dataset, validation, limit, rng=rng)
+    except data.DataError:
+        held_out = validation if limit is None else min(validation, max(1, limit // 5))
+        assert validation < 0 or limit is not None and limit < 1 or held_out + (limit or 1) > n
+        return
+    drawn = np.concatenate([parts[1], parts[3]])
+    assert len(set(drawn)) == len(drawn) and len(parts[1]) == (limit or n - validation)
+    assert (parts[0][:, 0, 0] == parts[1]).all() and (parts[2][:, 0, 0] == parts[3]).all()
+
+
+CALLS = {
+    "softmax": baselines.softmax_forward,
+    "layer norm": lambda a: baselines.layer_norm_forward(a, np.ones(2), np.ones(2)),
+    "gain": lambda a: baselines.layer_norm_forward(np.ones((2, 2)), a, np.ones(2)),
+    "bias": lambda a: baselines.layer_norm_forward(np.ones((2, 2)), np.ones(2), a),
+    "orthogonalise": optimizers.orthogonalise,
+    "retract": optimizers.retract,
+    "unit_columns": products.unit_columns,
+    "cholesky_basis": products.cholesky_basis,
+    "statistics": data.statistics,
+    "standardise": lambda a: data.standardise(a, 0.1, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_array_or_of_another_shape_is_refused(name):
+    for bad in (None, "x", [[1.0]], (), {}):
+        with pytest.raises(TypeError, match=f"array.*{type(bad).__name__}"):
+            CALLS[name](bad)
+    for shape in SHAPES:
+        for dtype in (np.float32, np.float64, np.int64, np.uint8):
+            attempt(CALLS[name], np.ones(shape, dtype))
