@@ -36,7 +36,7 @@ figures: .venv/setup.stamp  ## draw every figure of README from the committed re
 	for name in mnist propagation comparison recall depth; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
 	for name in accuracy speed; do $(BIN)/python benchmarks/$$name.py --draw || exit 1; done
 
-bench: .venv/bench.stamp .venv/mpi.stamp  ## measure speed and memory against dense NumPy and PyTorch
+bench: .venv/bench.stamp .venv/mpi.stamp  ## measure speed and memory beside PyTorch, and a step on two ranks
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 	$(BIN)/python benchmarks/ranks.py
 

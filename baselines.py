@@ -1,7 +1,7 @@
 """What Orthogonal Self-Attention is compared with, in the same network.
 
-Each attention replaces one method of `MultiHeadOSA`; `Transformer` adds skip connections and
-LayerNorm, which the skipless network does without.
+Each attention replaces `attend` of `MultiHeadOSA`, and its parameters where it needs others;
+`Transformer` adds skip connections and LayerNorm, which the skipless network does without.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Several machines: data-parallel training over MPI, `mpiexec -n 4 python train.py`.
+"""Several processes or machines: data-parallel training, `mpiexec -n 4 python train.py`.
 
 Every process, or rank, holds the whole model and takes its slice of each batch; the gradients are
 summed over the ranks once per step, and all ranks make the same update.  mpi4py is imported only

@@ -1,8 +1,8 @@
 """AdamW, Muon on orthogonal matrices, gradient clipping and the learning-rate schedule.
 
 Parameters are a dict name -> Tensor, all of one dtype.  State is a dict name -> array, for
-checkpoints.  Each function joins its parameters to one array first: on a GPU an operation costs its
-launch, whatever its size, and a network has hundreds of small parameters.
+checkpoints.  Clipping and the optimisers join their parameters to one array first: on a GPU an
+operation costs its launch, whatever its size, and a network has hundreds of small parameters.
 """
 
 import math

@@ -236,7 +236,8 @@ def orthonormal_basis(M, method="qr", steps=None):
     M/‖M‖_F, matrix products only.  Each step multiplies a small singular value by 1.5, so a nearly
     rank-deficient M needs many: σ = 1e-3 is at 0.06 after 10 steps and at 1 after 22.  By default
     as many as bring up the smallest σ that rounding can tell from 0 (about 50, float64 100).
-    For N ≤ r Newton–Schulz has no tall matrix to work on; the answer is then the identity.
+    Along what rounding cannot tell from 0 its columns stay short of 1, which Theorem 2.1 forgives,
+    as S vanishes there.  For N ≤ r there is no tall matrix to work on: the answer is the identity.
     """
     _check_float("M", M, min_ndim=2)
     xp = array_module(M)
@@ -271,7 +272,7 @@ class Saved(NamedTuple):
     F: object  # [Q, K, V] (..., N, 2 d_v + m)
     s: object  # α/√d_v (..., 1, 1)
     d_v: int
-    small: object  # the `Chebyshev` or `Spectral` application of the small exponential
+    small: object  # the small exponential: `Chebyshev`, `ChebyshevMatrix`, `Spectral`, `Products`
     B: object = None  # basis routes: orthonormal basis (..., N, k), or None for B = I
     R: object = None  # basis routes: BᵀP (..., k, r)
     U: object = None  # basis routes: R J Rᵀ = S̃/s (..., k, k)
@@ -290,7 +291,7 @@ def osa_forward(Q, K, V, alpha, route="auto"):
            "newton_schulz"  the same, with the basis by Newton–Schulz
            "gram"           no basis: O = V + P Φ (PᵀV), Φ = sJ φ₁(sGJ), G = PᵀP
            "products"       as "qr", B by Cholesky, exp by squaring: nothing is decided by looking
-                            at numbers; ‖S‖₂ > 1000, NaN or Inf give NaN, never a wrong number
+                            at numbers; beyond ‖S‖₂ = 1000 right or NaN, never a wrong number
            "auto"           N ≤ 2 d_v: B = I, since S itself is the small matrix; otherwise "gram"
                             where its rounding error, about eps s² ‖QᵀQ‖ ‖KᵀK‖, is harmless,
                             and "qr" where not (nearly parallel tokens, one dominant token,

@@ -54,7 +54,8 @@ def _squares(M):
 class Products:
     """f(S) W for skew-symmetric S (..., n, n), f = exp or φ₁; exp(S) = exp(S/2ᵏ)^(2ᵏ).
 
-    Named and used like `osa_minimal.Chebyshev`.
+    f: None for exp, anything else for φ₁; `adjoint` is that of exp.  Used like
+    `osa_minimal.Chebyshev`.
     """
 
     def __init__(self, S, W, rho=None, f=None):

@@ -5,7 +5,7 @@
     python train.py --attention softmax --skip --norm       a baseline: the usual ViT
     python train.py --resume runs/NAME       goes on with a stopped run
     python train.py --eval runs/NAME/checkpoint.npz         test accuracy of a trained model
-    mpiexec -n 4 python train.py             the main job on four machines, or four graphics cards
+    mpiexec -n 4 python train.py             the main job in four processes, or on four cards
 
 Every run writes a folder with config.json, metrics.csv, summary.json, checkpoint.npz, curves.png.
 """
@@ -54,7 +54,7 @@ class UserError(Exception):
 
 @dataclasses.dataclass
 class Config:
-    """Everything that determines the weights at the end of a run; the defaults are "mnist"."""
+    """What determines the weights, with data, threads and ranks; the defaults are "mnist"."""
 
     preset: str = "mnist"
     attention: str = "osa"

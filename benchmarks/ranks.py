@@ -4,8 +4,9 @@
 
 Starts itself under mpiexec, one thread per rank, with 1 and with K ranks in turns.  Each run times,
 step by step, the gradients, their sum over the ranks (after a barrier, so without waiting for the
-slower one) and the update; medians over the steps, then over the turns.  Writes results/ranks.json:
-the model T(K) = c/K + f + sum(K) for the K measured, and for several machines over Ethernet.
+slower one) and the update, then whole steps without logging; medians over 55 steps, then over 3
+turns.  Writes results/ranks.json, with the speed-up by the model T(K) = c/K + f + sum; the sum is
+the measured one for the K measured, and README's formula for machines over Ethernet.
 """
 
 import argparse

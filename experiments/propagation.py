@@ -3,12 +3,13 @@
     python experiments/propagation.py [--quick]
 
 64 MNIST images through networks of up to 128 layers, width 64, 2 heads, 16 tokens, weights as they
-are drawn, for every attention with and without skip connections and LayerNorm, and for OSA with an
-MLP of ratio 4 instead of 1.  Measured after each of DEPTHS layers, the last four at JACOBIANS:
+are drawn and α calibrated to ‖S‖₂ = 0.05, for every attention with and without skip connections and
+LayerNorm, and for OSA with an MLP of ratio 4 instead of 1.  Measured after each of DEPTHS layers,
+the last four at JACOBIANS:
     cosine     mean cosine between two tokens of an image; 1: all tokens are equal
     rank       effective rank exp(entropy of σ²/Σσ²) of the (N, d) tokens, at most 16
-    largest_s  ‖S‖₂ of that layer
-    grad       ‖gradient with respect to the layer's input‖ / ‖gradient with respect to the output‖
+    largest_s  ‖S‖₂ of that layer, over 16 images
+    grad       ‖gradient with respect to the layer's input‖ / ‖the same of the last output‖
     grad_W_QK  ‖gradient with respect to W_Q and W_K‖ of that layer
     kappa, sigma_min, sigma_median, sigma_max   singular values of ∂X_depth/∂X_0 of one image
 """
