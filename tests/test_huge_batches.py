@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_properties_autograd import with_gradients
 
 import autograd as ag
 import baselines
@@ -29,28 +30,18 @@ def exponential(G, M, W):
     return small.value, *small.adjoint(G)
 
 
-def tensors(operation):
-    def run(g, *arrays):
-        inputs = [Tensor(a, requires_grad=True) for a in arrays]
-        out = operation(*inputs)
-        out.backward(g)
-        return out.data, *(t.grad for t in inputs)
-
-    return run
-
-
 # name: (function of arrays with one batch axis, their shapes without it)
 FUNCTIONS = {
     "osa, auto": (attention("auto"), [(3, 1)] * 4),
     "osa, qr": (attention("qr"), [(3, 1)] * 4),
-    "softmax attention": (tensors(baselines.softmax_attention), [(3, 1), (3, 3)]),
+    "softmax attention": (with_gradients(baselines.softmax_attention), [(3, 1), (3, 3)]),
     "layer_norm": (layer_norm, [(4,), (4,)]),
-    "matmul": (tensors(ag.matmul), [(2, 2), (2, 3), (3, 2)]),
+    "matmul": (with_gradients(ag.matmul), [(2, 2), (2, 3), (3, 2)]),
     "linear": (
-        tensors(lambda X: ag.linear(X, np.arange(6.0).reshape(3, 2), np.ones(2))),
+        with_gradients(lambda X: ag.linear(X, np.arange(6.0).reshape(3, 2), np.ones(2))),
         [(2, 2), (2, 3)],
     ),
-    "softmax": (tensors(ag.softmax), [(4,), (4,)]),
+    "softmax": (with_gradients(ag.softmax), [(4,), (4,)]),
     "orthogonalise": (lambda M: [optimizers.orthogonalise(M)], [(3, 2)]),
     "retract": (lambda M: [optimizers.retract(M / 9)], [(3, 2)]),
     "cholesky_basis": (lambda M: [products.cholesky_basis(M)], [(3, 2)]),
