@@ -12,6 +12,7 @@ import sys
 import time
 
 import autograd as ag
+from optimizers import joined, parts
 
 STARTED = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # set by MPICH, Open MPI, Slurm
 
@@ -65,17 +66,17 @@ class Ranks:
             return values
         grads = [p.grad for p in parameters.values()]
         xp, dtype = ag.array_module(*grads), grads[0].dtype
-        flat = xp.concatenate([xp.asarray(a, dtype=dtype).ravel() for a in (*grads, *values)])
+        flat = joined([xp.asarray(a, dtype=dtype) for a in (*grads, *values)])
         if xp.__name__ == "cupy" and self.takes_gpu_arrays:
             xp.cuda.get_current_stream().synchronize()  # MPI does not wait for kernels
         else:
             flat = ag.to_cpu(flat)
         total = flat.copy()
         self.comm.Allreduce(flat, total)
-        total, at = xp.asarray(total), 0
-        for p in parameters.values():
-            p.grad, at = total[at : at + p.size].reshape(p.shape), at + p.size
-        return tuple(total[at:])
+        total = xp.asarray(total)
+        for p, part in zip(parameters.values(), parts(total, parameters)):
+            p.grad = part
+        return tuple(total[len(total) - len(values) :])
 
     def stopped(self, stop):
         """Whether any rank has noticed a signal: all leave the loop after the same step."""

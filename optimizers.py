@@ -22,21 +22,21 @@ def schedule(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _joined(arrays):
+def joined(arrays):
     """All numbers of the arrays, one after the other (n,)."""
     arrays = [a.reshape(-1) for a in arrays]
     return array_module(*arrays).concatenate(arrays)
 
 
 def _data(parameters):
-    return _joined([p.data for p in parameters.values()])
+    return joined([p.data for p in parameters.values()])
 
 
-def _parts(joined, parameters):
-    """The pieces of a joined array, views of it, in the parameters' shapes."""
+def parts(numbers, parameters):
+    """The pieces of a joined array (n,) or longer, views of it, in the parameters' shapes."""
     start = 0
     for p in parameters.values():
-        yield joined[start : start + p.size].reshape(p.shape)
+        yield numbers[start : start + p.size].reshape(p.shape)
         start += p.size
 
 
@@ -47,7 +47,7 @@ def _norm(g):
 
 def gradient_norm(parameters):
     """‖·‖₂ of all gradients together, a 0-d array on their device."""
-    return _norm(_joined([p.grad for p in parameters.values()]))
+    return _norm(joined([p.grad for p in parameters.values()]))
 
 
 def clip_gradients(parameters, largest):
@@ -58,12 +58,12 @@ def clip_gradients(parameters, largest):
     """
     if not largest >= 0:
         raise ValueError(f"largest must be 0 or more, got {largest}")
-    g = _joined([p.grad for p in parameters.values()])
+    g = joined([p.grad for p in parameters.values()])
     norm = _norm(g)
     if array_module(norm) is np and not math.isfinite(norm):
         raise FloatingPointError("the norm of the gradients is NaN or Inf")
     g *= array_module(norm).minimum(1, largest / (norm + 1e-12)) + 0 * norm
-    for p, part in zip(parameters.values(), _parts(g, parameters)):
+    for p, part in zip(parameters.values(), parts(g, parameters)):
         p.grad = part
     return norm
 
@@ -85,20 +85,20 @@ class AdamW:
         self.parameters, self.betas, self.eps = parameters, betas, eps
         self.weight_decay, self.state = weight_decay, {}
         self.m, self.v = 0 * _data(parameters), 0 * _data(parameters)
-        for moment, joined in (("m", self.m), ("v", self.v)):
-            for name, part in zip(parameters, _parts(joined, parameters)):
+        for moment, numbers in (("m", self.m), ("v", self.v)):
+            for name, part in zip(parameters, parts(numbers, parameters)):
                 self.state[f"{name}.{moment}"] = part
 
     def step(self, lr, t):
         """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
         _check(self.parameters, t)
         (b1, b2), m, v, w = self.betas, self.m, self.v, _data(self.parameters)
-        g = _joined([p.grad for p in self.parameters.values()])
+        g = joined([p.grad for p in self.parameters.values()])
         m += (1 - b1) * (g - m)
         v += (1 - b2) * (g * g - v)
         update = (m / (1 - b1**t)) / (array_module(v).sqrt(v / (1 - b2**t)) + self.eps)
         w -= lr * (update + self.weight_decay * w)
-        for p, part in zip(self.parameters.values(), _parts(w, self.parameters)):
+        for p, part in zip(self.parameters.values(), parts(w, self.parameters)):
             p.data = part  # not the caller's array
 
 
@@ -159,7 +159,7 @@ class Muon:
             group = {k: p for k, p in parameters.items() if p.shape[-2:] == (n, m)}
             buffer = 0 * _data(group)
             self.groups[n, m] = group, buffer.reshape(-1, n, m)
-            for name, part in zip(group, _parts(buffer, group)):
+            for name, part in zip(group, parts(buffer, group)):
                 self.state[f"{name}.m"] = part
 
     def step(self, lr, t):
@@ -167,7 +167,7 @@ class Muon:
         _check(self.parameters, t)
         for (n, m), (group, buffer) in self.groups.items():
             W, G = (
-                _joined(arrays).reshape(-1, n, m)
+                joined(arrays).reshape(-1, n, m)
                 for arrays in zip(*((p.data, p.grad) for p in group.values()))
             )
             buffer *= self.momentum
@@ -175,5 +175,5 @@ class Muon:
             W -= lr * orthogonalise(G + self.momentum * buffer)
             if self.retraction:
                 W = retract(W)
-            for p, part in zip(group.values(), _parts(W.reshape(-1), group)):
+            for p, part in zip(group.values(), parts(W.reshape(-1), group)):
                 p.data = part
