@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from autograd import array_module
+from products import product
 
 
 def schedule(step, steps, warmup):
@@ -116,27 +117,39 @@ def orthogonalise(M, steps=5):
     Muon's quintic Newton–Schulz iteration (Jordan et al., 2024): fast from any starting point, but
     it never settles at 1, so it serves for update directions, not for a basis.  M with ‖M‖_F below
     some 1e-11, or with squares that underflow, counts as nothing and gives less.
+
+    X ← (aI + bXXᵀ + c(XXᵀ)²) X is for Y = c^¼ X, with the square completed,
+    Y ← ((YYᵀ + βI)² + γI) Y, β = b/(2√c), γ = a − β²: the same with fewer additions.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
+    beta, scale = b / (2 * math.sqrt(c)), c**0.25
     xp = array_module(M)
     tall = _tall(M)
-    X = M.swapaxes(-1, -2) if tall else M
-    X = X / (xp.sqrt((X * X).sum(axis=(-2, -1), keepdims=True)) + 1e-12)
+    Y = M.swapaxes(-1, -2) if tall else M
+    I = xp.eye(Y.shape[-2], dtype=M.dtype)
+    beta_I, gamma_I = beta * I, (a - beta * beta) * I
+    Y = Y * (scale / (xp.sqrt((Y * Y).sum(axis=(-2, -1), keepdims=True)) + 1e-12))
     for _ in range(steps):
-        XXt = X @ X.swapaxes(-1, -2)
-        X = a * X + (b * XXt + c * (XXt @ XXt)) @ X
-    return X.swapaxes(-1, -2) if tall else X
+        A = product(Y, Y.swapaxes(-1, -2))
+        A += beta_I
+        A = product(A, A)
+        A += gamma_I
+        Y = product(A, Y)
+    Y = Y / scale
+    return Y.swapaxes(-1, -2) if tall else Y
 
 
 def retract(W, steps=2):
     """The nearest (semi-)orthogonal matrix to W (..., n, m), for W within about lr of one.
 
-    Cubic Newton–Schulz, W ← ½ W (3I − WᵀW): the error is squared by each step.
+    Cubic Newton–Schulz, W ← W (3I − WᵀW)/2: the error is squared by each step.
     """
     tall = _tall(W)
+    I = array_module(W).eye(min(W.shape[-2:]), dtype=W.dtype)
     for _ in range(steps):
         Wt = W.swapaxes(-1, -2)
-        W = 1.5 * W - (0.5 * W @ (Wt @ W) if tall else 0.5 * (W @ Wt) @ W)
+        C = 1.5 * I - 0.5 * (product(Wt, W) if tall else product(W, Wt))
+        W = product(W, C) if tall else product(C, W)
     return W
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import autograd as ag
 from autograd import Tensor, array_module
-from products import Products, cholesky_basis, unit_columns
+from products import Products, cholesky_basis, product, tall_product, unit_columns
 
 ROUTES = ("auto", "gram", "qr", "newton_schulz", "dense", "products")
 
@@ -109,12 +109,20 @@ def _phi1(z):
 
 
 class Spectral:
-    """f(S) W for skew-symmetric S (..., n, n) and W (..., n, m), f = exp or φ₁, by the spectrum."""
+    """exp(S) W for skew-symmetric S (..., n, n) and W (..., n, m) by the spectrum; φ₁(S) W."""
 
-    def __init__(self, S, W, rho=None, f=_exp):
+    def __init__(self, S, W, rho=None):
         self.S, self.W = S, W
-        lam, U = skew_eigh(S)
-        self.value = ((U * f(-1j * lam)[..., None, :]) @ (_H(U) @ W)).real.astype(S.dtype)
+        self.lam, self.U = skew_eigh(S)
+        self.value = self._function(_exp, W)
+
+    def _function(self, f, W):
+        scaled = self.U * f(-1j * self.lam)[..., None, :]
+        return (scaled @ (_H(self.U) @ W)).real.astype(W.dtype)
+
+    def phi1(self, W):
+        """φ₁(S) W."""
+        return self._function(_phi1, W)
 
     def adjoint(self, G):
         """exp(S)ᵀ G and L(Sᵀ, G Wᵀ), the gradients of ⟨G, exp(S) W⟩."""
@@ -162,7 +170,7 @@ class Chebyshev:
     # products with a transposed right factor are 3 times slower in OpenBLAS at n = 16.
 
     def __init__(self, Z, W, rho, f=_exp):
-        xp = self.xp = array_module(Z, W)
+        xp, self.Z = array_module(Z, W), Z
         # Any large enough ρ will do, at Z = 0 too; a grid keeps the coefficients in a cache.
         self.rho = 2.0 ** (math.ceil(4 * math.log2(max(rho, 1e-2))) / 4)
         self.a = chebyshev_coefficients(f, self.rho, float(np.finfo(Z.dtype).eps) / 2)
@@ -177,6 +185,10 @@ class Chebyshev:
             c[k] += c[k - 2]
         self.value = _T(xp.tensordot(xp.asarray(self.a, dtype=W.dtype), c, axes=1))
 
+    def phi1(self, W):
+        """φ₁(Z) W."""
+        return Chebyshev(self.Z, W, self.rho, _phi1).value
+
     def adjoint(self, G):
         """f(Z)ᵀ G and the gradient Z̄ of ⟨G, f(Z) W⟩ with respect to Z.
 
@@ -184,7 +196,7 @@ class Chebyshev:
             c̄_k = a_k G + 2Xᵀ c̄_{k+1} + c̄_{k+2},  c̄_0 = a_0 G + Xᵀ c̄_1 + c̄_2,  X = Z/ρ,
             Z̄ = (1/ρ) (c̄_1 c_0ᵀ + Σ_{k≥1} 2 c̄_{k+1} c_kᵀ).
         """
-        xp, c, last = self.xp, self.C, len(self.a) - 1
+        xp, c, last = array_module(G), self.C, len(self.a) - 1
         Gt = xp.ascontiguousarray(_T(G))
         after, cbar = xp.zeros_like(Gt), self.a[last] * Gt  # c̄_{k+2}, c̄_{k+1}
         Zbar = xp.zeros_like(self.X2)
@@ -213,11 +225,12 @@ def _sharper_bound(Z, rho):
 
 
 class ChebyshevMatrix:
-    """The same for W wider than Z: f(Z) itself is then the smaller thing to compute."""
+    """exp(Z) W for W wider than Z: exp(Z) itself is then the smaller thing to compute."""
 
-    def __init__(self, Z, W, rho, f=_exp):
+    def __init__(self, Z, W, rho):
         I = array_module(Z).broadcast_to(array_module(Z).eye(Z.shape[-1], dtype=Z.dtype), Z.shape)
-        self.W, self.matrix = W, Chebyshev(Z, I, rho, f)
+        self.W, self.matrix = W, Chebyshev(Z, I, rho)
+        self.phi1 = self.matrix.phi1
         self.value = self.matrix.value @ W
 
     def adjoint(self, G):
@@ -276,6 +289,7 @@ class Saved(NamedTuple):
     B: object = None  # basis routes: orthonormal basis (..., N, k), or None for B = I
     R: object = None  # basis routes: BᵀP (..., k, r)
     U: object = None  # basis routes: R J Rᵀ = S̃/s (..., k, k)
+    b: object = None  # basis routes: BᵀV (..., k, m)
     rho: float = None  # basis routes: a bound of ‖S‖₂, the same for all of the batch
     G: object = None  # gram route: PᵀP (..., r, r)
     Jy: object = None  # gram route: J φ₁(sGJ) PᵀV (..., r, m)
@@ -337,7 +351,10 @@ def forward_joint(F, s, d_v, route="auto"):
     """`osa_forward` on F = [Q, K, V] (..., N, 2 d_v + m) and s = α/√d_v (..., 1, 1), unchecked."""
     if route not in ROUTES:
         raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
-    O = array_module(F).empty_like(F[..., 2 * d_v :])
+    xp = array_module(F)
+    if xp is not np:
+        F = xp.ascontiguousarray(F)  # cuBLAS wants one distance from matrix to matrix
+    O = xp.empty_like(F[..., 2 * d_v :])
 
     def forward_part(part):
         s_part = s[part] if s.ndim == F.ndim and len(s) > 1 else s
@@ -352,6 +369,8 @@ def backward_joint(dO, saved):
     """dF (..., N, 2 d_v + m) and ds (..., 1, 1) for the gradient dO (..., N, m), unchecked."""
     parts, F, s, saves = saved
     xp = array_module(F)
+    if xp is not np:
+        dO = xp.ascontiguousarray(dO)
     dF, ds = xp.empty_like(F), xp.empty((*F.shape[:-2], 1, 1), F.dtype)
 
     def backward_part(part, save):
@@ -368,7 +387,7 @@ def _forward(F, s, d_v, route):
         route = "products"
     if route == "gram" or (route == "auto" and N > r):
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is left to "qr"
-            M = _T(F[..., :r]) @ F  # (r, N) x (N, r + m) -> [G, PᵀV]
+            M = tall_product(F[..., :r], F)  # (r, N) x (N, r + m) -> [G, PᵀV]
             error, rho = _gram_norms(F[..., :r], M[..., :r], s, d_v)
             safe = (error <= GRAM_LIMIT * xp.maximum(rho, 1)).all() & xp.isfinite(M).all()
         if route == "gram" or bool(safe):
@@ -383,15 +402,14 @@ def _forward(F, s, d_v, route):
                 except FloatingPointError:  # Q and K of sizes whose squares overflow
                     if route == "gram":
                         raise
-    if route == "dense" or (route in ("auto", "products") and N <= r):
-        B = None
-    elif route == "products":
-        B = cholesky_basis(F[..., :r])
+    B = R = None
+    if route == "products" and N > r:
+        B, R = cholesky_basis(F[..., :r])
     elif route == "newton_schulz":  # a K that is small beside Q takes no more steps
         B = orthonormal_basis(unit_columns(F[..., :r]), "newton_schulz")
-    else:
+    elif route == "qr" or (route == "auto" and N > r):
         B = orthonormal_basis(F[..., :r], "qr")
-    return _basis_forward(F, B, s, d_v, route)
+    return _basis_forward(F, B, R, s, d_v, route)
 
 
 def _refuse_overflow(names, *arrays):
@@ -449,7 +467,7 @@ def _gram_forward(F, M, s, d_v, rho):
     X = xp.empty((*F.shape[:-2], F.shape[-1], F.shape[-1] - r), F.dtype)
     X[..., :r, :] = s * Jy
     X[..., r:, :] = xp.eye(X.shape[-1], dtype=F.dtype)
-    return F @ X, Saved(F, s, d_v, small, G=G, Jy=Jy)
+    return product(F, X), Saved(F, s, d_v, small, G=G, Jy=Jy)
 
 
 def _gram_backward(dO, saved, dF, ds):
@@ -461,7 +479,7 @@ def _gram_backward(dO, saved, dF, ds):
     w, m = F.shape[-1], dO.shape[-1]
     X = xp.zeros((*F.shape[:-2], w + m, w), F.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        g = _T(F[..., :r]) @ dO  # (r, N) x (N, m)
+        g = tall_product(F[..., :r], dO)  # (r, N) x (N, m)
         Wbar, Zbar = small.adjoint(-s * _J_times(g))
         E = -_times_J(Zbar)  # Ḡ/s
         ds[...] = _inner(g, Jy) + _inner(E, saved.G)
@@ -469,10 +487,7 @@ def _gram_backward(dO, saved, dF, ds):
         X[..., r:w, :r] = _T(Wbar)
         X[..., w:, :r], X[..., w:, r:] = _T(s * Jy), xp.eye(m, dtype=F.dtype)
     _refuse_overflow("Q, K, V and dO", X, ds)
-    # [dP, dV] = [P, V, dO] X, one product again, in blocks of rows that stay in the cache.
-    for i in range(0, F.shape[-2], ROWS):
-        rows = (..., slice(i, i + ROWS), slice(None))
-        xp.matmul(xp.concatenate([F[rows], dO[rows]], axis=-1), X, out=dF[rows])
+    _rows_times((F, dO), X, dF)  # [dP, dV] = [P, V, dO] X
 
 
 def _inner(A, B):
@@ -480,17 +495,20 @@ def _inner(A, B):
     return array_module(A, B).einsum("...ij,...ij->...", A, B)[..., None, None]
 
 
-def _basis_forward(F, B, s, d_v, route):
-    r = 2 * d_v
-    BtF = F if B is None else _T(B) @ F  # (k, N) x (N, r + m) -> [R, b]
-    R, b = BtF[..., :r], BtF[..., r:]
+def _basis_forward(F, B, R, s, d_v, route):
+    r, V = 2 * d_v, F[..., 2 * d_v :]
+    if R is not None:
+        b = tall_product(B, V)
+    else:
+        BtF = F if B is None else tall_product(B, F)  # (k, N) x (N, r + m) -> [R, b]
+        R, b = BtF[..., :r], BtF[..., r:]
     with np.errstate(over="ignore", invalid="ignore"):
         U = _unscaled_scores(R)
         S = s * U  # S̃ = BᵀSB
         if route == "products":
             small = Products(S, b)
-            O = small.value if B is None else F[..., r:] + B @ (small.value - b)
-            return O, Saved(F, s, d_v, small, B, R, U)
+            O = small.value if B is None else V + product(B, small.value - b)
+            return O, Saved(F, s, d_v, small, B, R, U, b)
         S64 = S.astype(np.float64)  # squares of float32 could overflow
         rho = math.sqrt(float(_inner(S64, S64).max()) / 2)  # ‖S‖_F/√2 ≥ ‖S‖₂
     if not rho < float(np.finfo(S.dtype).max) / 8:  # room for eigh
@@ -500,8 +518,8 @@ def _basis_forward(F, B, s, d_v, route):
     else:
         rho = _sharper_bound(S, rho)
         small = (Chebyshev if b.shape[-1] <= b.shape[-2] else ChebyshevMatrix)(S, b, rho)
-    O = small.value if B is None else F[..., r:] + B @ (small.value - b)
-    return O, Saved(F, s, d_v, small, B, R, U, rho)
+    O = small.value if B is None else V + product(B, small.value - b)
+    return O, Saved(F, s, d_v, small, B, R, U, b, rho)
 
 
 def _unscaled_scores(R):
@@ -516,23 +534,37 @@ def _basis_backward(dO, saved, dF, ds):
     Ŝ of S enters only through H = (Ŝ − Ŝᵀ)B, and P through R = BᵀP (P = B R):
         H = B (L − Lᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
         dP = −s H R J,   dV = dO + B (exp(S̃)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩."""
-    F, s, d_v, B, R, small = saved.F, saved.s, saved.d_v, saved.B, saved.R, saved.small
-    r, V = 2 * d_v, F[..., 2 * d_v :]
-    sRJ = -s * _times_J(R)  # s first: it may be what keeps the rest from overflowing
+    F, s, d_v, B, small, b = saved.F, saved.s, saved.d_v, saved.B, saved.small, saved.b
+    xp, r, w, k, m = array_module(F), 2 * d_v, F.shape[-1], saved.U.shape[-1], dO.shape[-1]
+    sRJ = -s * _times_J(saved.R)  # s first: it may be what keeps the rest from overflowing
     with np.errstate(over="ignore", invalid="ignore"):
-        g = dO if B is None else _T(B) @ dO
+        g = dO if B is None else tall_product(B, dO)
         expSt_g, L = small.adjoint(g)
         ds[...] = _inner(L, saved.U)
-        dP, dV = (L - _T(L)) @ sRJ, expSt_g
-        if B is not None:
-            S, b = s * saved.U, _T(B) @ V
-            ut = _T(type(small)(S, b, saved.rho, _phi1).value) @ sRJ  # uᵀ R J, times −s
-            wt = _T(type(small)(-S, g, saved.rho, _phi1).value) @ sRJ
-            dP = B @ dP + (dO - B @ g) @ ut - (V - B @ b) @ wt
-            dV = dO + B @ (expSt_g - g)
+        if B is None:
+            dF[..., :r], dF[..., r:] = product(L - _T(L), sRJ), expSt_g
+        else:
+            # φ₁(−S̃) = φ₁(S̃) exp(−S̃) makes u and w one product.
+            uw = small.phi1(xp.concatenate([b, expSt_g], axis=-1))
+            ut, wt = _T(uw[..., :m]), _T(uw[..., m:])
+            X = xp.zeros((*F.shape[:-2], k + 2 * m, w), F.dtype)
+            X[..., :k, :r] = product(L - _T(L) - product(g, ut) + product(b, wt), sRJ)
+            X[..., :k, r:] = expSt_g - g
+            X[..., k : k + m, :r] = product(wt, -sRJ)
+            X[..., k + m :, :r] = product(ut, sRJ)
+            X[..., k + m :, r:] = xp.eye(m, dtype=F.dtype)
+            _rows_times((B, F[..., r:], dO), X, dF)
     if saved.rho is not None:  # route "products" goes on with NaN
-        _refuse_overflow("Q, K, V and dO", ds, dP)
-    dF[..., :r], dF[..., r:] = dP, dV
+        _refuse_overflow("Q, K, V and dO", ds, dF)
+
+
+def _rows_times(parts, X, out):
+    """[parts side by side] X as one product, in blocks of rows that stay in the cache."""
+    xp, N = array_module(X), out.shape[-2]
+    size = ROWS if xp is np else N
+    for i in range(0, N, size):
+        rows = (..., slice(i, i + size), slice(None))
+        product(xp.concatenate([p[rows] for p in parts], axis=-1), X, out=out[rows])
 
 
 def attention_matrix(Q, K, alpha, route="auto"):

@@ -12,100 +12,211 @@ import numpy as np
 
 from autograd import array_module
 
-# Squarings that are always done: ‖S‖₂ may be 1000 for r ≤ 512, and 2 ** SQUARINGS at most.
+# Squarings that can be done: ‖S‖₂ may be 1000 for r ≤ 512, and 2 ** SQUARINGS at most.
 SQUARINGS = 12
+# Rows of the blocks in which a GPU takes a sum over tokens: this number to twice of it.
+ROWS = 1024
 
 
 def _T(M):
     return M.swapaxes(-1, -2)
 
 
+def product(A, B, out=None):
+    """A @ B (..., n, m) for A (..., n, k) and B (..., k, m) of one dtype.
+
+    On a GPU by cuBLAS directly: CuPy's own batched product first copies whatever is not
+    contiguous, a transpose, a slice, an `out`, and on long sequences the copies take as long as
+    the product.  Here only what BLAS cannot describe is copied.
+    """
+    xp, (n, k), m = array_module(A, B), A.shape[-2:], B.shape[-1]
+    if xp is np or max(A.ndim, B.ndim) == 2:
+        return xp.matmul(A, B, out=out)
+    batch = np.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+    C = out
+    if out is None or (_layout(out) or [1])[0]:  # cuBLAS cannot write there
+        C = xp.empty((*batch, n, m), A.dtype)
+    A, B = (xp.broadcast_to(M, (*batch, *M.shape[-2:])) for M in (A, B))
+    A, B = (M if _layout(M) else xp.ascontiguousarray(M) for M in (A, B))
+    (by_column_A, *a), (by_column_B, *b), (_, *c) = map(_layout, (A, B, C))
+    gemm = "sgemmStridedBatched" if A.dtype == np.float32 else "dgemmStridedBatched"
+    one, zero = np.ones((), A.dtype), np.zeros((), A.dtype)
+    # cuBLAS counts by columns, so what it sees are the transposes: Cᵀ = BᵀAᵀ.
+    getattr(xp.cuda.cublas, gemm)(
+        xp.cuda.device.get_cublas_handle(), by_column_B, by_column_A, m, n, k, one.ctypes.data,
+        B.data.ptr, *b, A.data.ptr, *a, zero.ctypes.data, C.data.ptr, *c, math.prod(batch),
+    )  # fmt: skip
+    if out is not None and C is not out:
+        out[...] = C
+    return C if out is None else out
+
+
+def _layout(M):
+    """How BLAS would find M (..., n, m): whether by columns (0 or 1), the distance of two rows or
+    columns, that of two matrices, in numbers.  None where it could not."""
+    *strides, row, column = (s // M.itemsize for s in M.strides)
+    *batch, n, m = M.shape
+    matrices = None
+    for length, stride in zip(batch[::-1], strides[::-1]):
+        if length > 1:
+            if matrices is None:
+                matrices, following = stride, stride
+            if stride != following:
+                return None  # the matrices do not lie at one distance
+            following = stride * length
+    if (column == 1 or m == 1) and (row >= m or n == 1):
+        return 0, max(row, m), matrices or 0
+    if (row == 1 or n == 1) and (column >= n or m == 1):
+        return 1, max(column, n), matrices or 0
+    return None
+
+
+def tall_product(A, B):
+    """AᵀB (..., r, m) for A (..., N, r) and B (..., N, m).
+
+    On a GPU in blocks of rows that are summed up: cuBLAS gives each matrix of a batch to a few
+    multiprocessors, however long the sum, and most of them would idle.
+    """
+    N = A.shape[-2]
+    rows = next((n for n in range(ROWS, 2 * ROWS) if N % n == 0), N)
+    if array_module(A, B) is np or rows == N:
+        return product(_T(A), B)
+    A, B = (M.reshape(*M.shape[:-2], N // rows, rows, M.shape[-1]) for M in (A, B))
+    return product(_T(A), B).sum(axis=-3)
+
+
+def column_size(M):
+    """max |M| of each column of M (..., N, r), or 1 for a column of zeros, (..., 1, r)."""
+    xp = array_module(M)
+    largest = xp.maximum(M.max(axis=-2, keepdims=True), -M.min(axis=-2, keepdims=True))
+    return xp.where(largest > 0, largest, 1)
+
+
 def unit_columns(M):
     """M (..., N, r) with columns of norm 1 or 0: the same span, and no square underflows."""
-    xp = array_module(M)
-    largest = abs(M).max(axis=-2, keepdims=True)
-    M = M / xp.where(largest > 0, largest, 1)  # columns of norm 1 … √N
-    return M / xp.sqrt(xp.maximum(_squares(M), 1))
+    M = M / column_size(M)  # columns of norm 1 … √N
+    squares = (M * M).sum(axis=-2, keepdims=True)
+    return M / array_module(M).sqrt(array_module(M).maximum(squares, 1))
 
 
 def cholesky_basis(P):
-    """B (..., N, r) that serves as orthonormal basis of P (..., N, r), r ≤ N, in Theorem 2.1.
+    """B (..., N, r) that serves as orthonormal basis of P (..., N, r), r ≤ N, in Theorem 2.1, and
+    R = BᵀP (..., r, r).
 
     B ← B L⁻ᵀ with L Lᵀ = BᵀB + δI makes those singular values 1 that are well above √δ, and three
     times those of P down to its rounding (shifted Cholesky QR, arXiv 1809.11085).  Along what is
     smaller still S vanishes to rounding, so there B need not be orthonormal.
+
+    First the columns of P are scaled to norm 1 and rotated at random.  A direction in which P is
+    small then comes last in L; elsewhere the columns after it would take up its rounding error,
+    eps/√δ, and with them the span of B.  Of two rotations each matrix takes the better.
     """
-    B = P = unit_columns(P)
+    size = column_size(P)
+    B = P = P / size  # columns of norm 1 … √N, or 0
     xp, (N, r), eps = array_module(P), P.shape[-2:], float(np.finfo(P.dtype).eps)
-    shift = eps * (4 * r + math.sqrt(N)) * xp.eye(r, dtype=P.dtype)
-    for _ in range(3):
-        B = B @ _T(xp.linalg.inv(xp.linalg.cholesky(_T(B) @ B + shift)))
-    B = 1.5 * B - 0.5 * B @ (_T(B) @ B)  # a step of Newton–Schulz squares what δ left
+    I = xp.eye(r, dtype=P.dtype)
+    delta_I = eps * (4 * r + math.sqrt(N)) * I
+
+    def inverse_factor(G):  # L⁻ᵀ
+        return _T(xp.linalg.inv(xp.linalg.cholesky(G + delta_I)))
+
+    G = tall_product(P, P)
+    squares = G.diagonal(0, -2, -1)[..., None, :]  # ‖p‖² of each column
+    W = _rotations(xp, r, P.dtype, G.ndim) / xp.sqrt(xp.maximum(_T(squares), 1))
+    L = xp.linalg.cholesky(product(_T(W), product(G, W)) + delta_I)  # (2, ..., r, r)
+    T = product(W, _T(xp.linalg.inv(L)))
+    sizes = xp.sqrt((T * T).sum(axis=-2, keepdims=True))
+    growth = product(abs(L), _T(sizes)).max(axis=-2, keepdims=True)
+    B = product(P, xp.where(growth[0] < growth[1], T[0], T[1]))
+    B = product(B, inverse_factor(tall_product(B, B)))
+    G = tall_product(B, B)
+    T = inverse_factor(G)
+    # A step of Newton–Schulz, T ← T (3I − TᵀGT)/2, squares what δ leaves of BᵀB − I.
+    B = product(B, product(T, 1.5 * I - 0.5 * product(_T(T), product(G, T))))
+    R = tall_product(B, P)
     # A factorisation fails without a word in CuPy; then ‖Bᵀp‖ = ‖p‖ does not hold for all columns.
-    lost = abs(_squares(_T(B) @ P) - _squares(P)).max(axis=-1, keepdims=True)
-    return xp.where(lost <= eps * (100 + 4 * math.sqrt(N)), B, math.nan)
+    wrong = abs((R * R).sum(axis=-2, keepdims=True) - squares) / xp.maximum(squares, 1)
+    right = wrong.max(axis=-1, keepdims=True) <= eps * (100 + 4 * math.sqrt(N))
+    return B, xp.where(right, R, math.nan) * size
 
 
-def _squares(M):
-    """‖·‖² of each column of M (..., N, r), (..., 1, r)."""
-    return (M * M).sum(axis=-2, keepdims=True)
+@functools.cache
+def _rotations(xp, r, dtype, ndim):
+    """Two orthogonal matrices (2, 1, …, 1, r, r), drawn at random, always the same; moved once."""
+    M = np.linalg.qr(np.random.default_rng(0).standard_normal((2, r, r)))[0]
+    return xp.asarray(M.astype(dtype)).reshape(2, *(1,) * (ndim - 2), r, r)
 
 
 class Products:
-    """f(S) W for skew-symmetric S (..., n, n), f = exp or φ₁; exp(S) = exp(S/2ᵏ)^(2ᵏ).
+    """exp(S) W for skew-symmetric S (..., n, n) and W (..., n, m), its gradient, and φ₁(S) W.
 
-    f: None for exp, anything else for φ₁; `adjoint` is that of exp.  Used like
-    `osa_minimal.Chebyshev`.
+    With X = S/2ᵏ, ‖X‖₂ ≤ 1, Taylor's polynomial is enough; then k times, from X to 2X,
+        exp(2X) = exp(X)²,   φ₁(2X) = ½ (exp(X) + I) φ₁(X),
+        L(2X, E) = ½ (exp(X) L(X, E) + L(X, E) exp(X)),   the derivative of exp in the direction E.
     """
 
-    def __init__(self, S, W, rho=None, f=None):
-        self.S, self.W = S, W
-        with np.errstate(over="ignore", invalid="ignore"):
-            S2 = S @ S
-            # (Σθ⁴)^¼ ≥ ‖S‖₂ for the eigenvalues ±iθ of S; 1.01 for its rounding
-            self.rho = 1.01 * ((S2 * S2).sum(axis=(-2, -1), keepdims=True) / 2) ** 0.25
-        if f is None:
-            self.matrix = self.exp(S)
-        else:  # φ₁(S) is a corner of exp([[S, I], [0, 0]])
-            self.matrix = self.corner(S, array_module(S).eye(S.shape[-1], dtype=S.dtype), 0)
-        self.value = self.matrix @ W
+    def __init__(self, S, W, rho=None):
+        xp, self.W = array_module(S, W), W
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            S2 = product(S, S)
+            fourth = (S2 * S2).sum(axis=(-2, -1), keepdims=True) / 2  # Σθ⁴ ≥ ‖S‖₂⁴, spectrum ±iθ
+            k = xp.ceil(xp.maximum(0.25 * xp.log2(fourth), 0))
+            self.X = S * xp.where(k <= SQUARINGS, xp.exp2(-k), math.nan)
+        more = k > xp.arange(SQUARINGS, dtype=S.dtype).reshape(-1, *(1,) * k.ndim)
+        E = _polynomial(self.X, 0)
+        self.F = xp.empty((SQUARINGS, *S.shape), S.dtype)
+        self.F[...] = xp.eye(S.shape[-1], dtype=S.dtype)
+        for F, due in zip(self.F, more):  # F_i = exp(2ⁱX), or I where no squaring is due any more
+            xp.copyto(F, E, where=due)
+            E = product(E, F)
+        self.matrix = E
+        self.value = product(E, W)
+
+    def phi1(self, W):
+        """φ₁(S) W."""
+        W = product(_polynomial(self.X, 1), W)
+        for F in (self.F + array_module(W).eye(W.shape[-2], dtype=W.dtype)) / 2:
+            W = product(F, W)
+        return W
 
     def adjoint(self, G):
-        """exp(S)ᵀ G and L(Sᵀ, G Wᵀ), the gradients of ⟨G, exp(S) W⟩.
-
-        L(S, E) is a corner of exp([[S, E], [0, S]]).
-        """
-        return _T(self.matrix) @ G, self.corner(_T(self.S), G @ _T(self.W), _T(self.S))
-
-    def corner(self, A, E, D):
-        """The upper right quarter of exp([[A, E], [0, D]]), which is linear in E."""
-        n = A.shape[-1]
-        X = array_module(A, E).zeros((*A.shape[:-2], 2 * n, 2 * n), A.dtype)
-        X[..., :n, :n], X[..., :n, n:], X[..., n:, n:] = A, E, D
-        return self.exp(X)[..., :n, n:]
-
-    def exp(self, X):
-        """Taylor's polynomial of X/2ᵏ, ‖S‖₂ ≤ 2ᵏ, as one in its fourth power; then k squarings."""
-        xp = array_module(X)
-        k = xp.ceil(xp.log2(xp.maximum(self.rho, 1)))
-        X = X * xp.where(self.rho <= 2.0**SQUARINGS, 0.5**k, math.nan)
-        powers = xp.empty((4, *X.shape), X.dtype)
-        powers[0], powers[1] = xp.eye(X.shape[-1], dtype=X.dtype), X
-        for i in (2, 3):
-            xp.matmul(powers[i - 1], X, out=powers[i])
-        *terms, E = xp.tensordot(_taylor(xp, X.dtype), powers, axes=1)
-        X4 = powers[2] @ powers[2]
-        for term in reversed(terms):
-            E = E @ X4 + term
-        more = k > xp.arange(SQUARINGS, dtype=X.dtype).reshape(-1, *(1,) * k.ndim)
+        """exp(S)ᵀ G and L(Sᵀ, G Wᵀ), the gradients of ⟨G, exp(S) W⟩."""
+        xp, X, n = array_module(G), _T(self.X), G.shape[-2]
+        D = xp.zeros((*X.shape[:-2], 2 * n, 2 * n), X.dtype)
+        D[..., :n, :n] = D[..., n:, n:] = X
+        D[..., :n, n:] = product(G, _T(self.W))
+        # L(X, E) is the upper right quarter of exp([[X, E], [0, X]]).
+        L = _polynomial(D, 0)[..., :n, n:]
+        # [½F, L] [L; ½F] is one product where ½F stands on the diagonal and L in that quarter.
+        D = xp.empty((SQUARINGS + 1, *D.shape), X.dtype)
+        D[:-1, ..., :n, :n] = D[:-1, ..., n:, n:] = _T(self.F) / 2
+        D[0, ..., :n, n:] = L
         for i in range(SQUARINGS):
-            E = xp.where(more[i], E @ E, E)
-        return E
+            product(D[i, ..., :n, :], D[i, ..., n:], out=D[i + 1, ..., :n, n:])
+        return product(_T(self.matrix), G), D[-1, ..., :n, n:]
+
+
+def _polynomial(X, p):
+    """Taylor's of exp(X), p = 0, or φ₁(X), p = 1, for ‖X‖₂ ≤ 1, as one in X⁴."""
+    xp = array_module(X)
+    powers = xp.empty((4, *X.shape), X.dtype)
+    powers[0], powers[1] = xp.eye(X.shape[-1], dtype=X.dtype), X
+    for i in (2, 3):
+        product(powers[i - 1], powers[1], out=powers[i])
+    *terms, E = xp.tensordot(_taylor(xp, X.dtype)[p], powers, axes=1)
+    X4 = product(powers[2], powers[2])
+    for term in reversed(terms):
+        E = product(E, X4) + term
+    return E
 
 
 @functools.cache
 def _taylor(xp, dtype):
-    """1/(4i + j)!, moved once: the remainder and its derivative are below eps where ‖X‖ ≤ 1."""
+    """1/(4i + j + p)! for p = 0 and 1, moved once: the remainder and its derivative are below eps
+    where ‖X‖ ≤ 1."""
     groups = 3 if dtype == np.float32 else 5
-    a = [[1 / math.factorial(4 * i + j) for j in range(4)] for i in range(groups)]
+    a = [
+        [[1 / math.factorial(4 * i + j + p) for j in range(4)] for i in range(groups)]
+        for p in (0, 1)
+    ]
     return xp.asarray(np.array(a, dtype))

@@ -80,6 +80,10 @@ def input_classes(rng, N=96, d_v=8, batch=4):
     for a in padded:
         a[:, -N // 3 :] = 0
     yield "padded rows", True, *padded, V, 0.1
+    for apart in (1e-3, 1e-7):
+        near = Q.copy()
+        near[..., 1] = Q[..., 0] + apart * Q[..., 1]
+        yield f"two columns {apart:g} apart", False, near, K, V, 0.1
 
 
 def all_results(Q, K, V, alpha, dO, route):

@@ -10,19 +10,22 @@ code that reads `array_module` from its arrays runs on it unchanged.  As with Cu
 - names that CuPy does not have are missing, and `linalg.solve` does not broadcast batches.
 
 It is stricter than CuPy where that helps: NumPy's own functions and `random` are refused (weights
-and batches are drawn on the CPU).  `counts` counts transfers and waits, `operations` the calls that
-compute: about the kernels that CuPy would launch.
+and batches are drawn on the CPU).  `counts` counts transfers and waits; `operations` the kernels
+that CuPy would launch, by a reading of its source (see `_count`), and the arithmetic of products.
+`cuda.cublas` emulates the one function of cuBLAS that the project calls, on the memory at the
+addresses it is given.
 """
 
+import ctypes as _ctypes
 import types as _types
 
 import numpy as _np
 
 counts = {"to_device": 0, "to_host": 0, "waits": 0}
-operations = {"count": 0}
+operations = {"count": 0, "flops": 0}
 VIEWS = frozenset(
-    """asarray broadcast_to empty empty_like expand_dims moveaxis ravel reshape result_type squeeze
-    swapaxes transpose""".split()
+    """ascontiguousarray asarray broadcast_to diagonal empty empty_like expand_dims moveaxis ravel
+    reshape result_type split squeeze swapaxes transpose""".split()
 )
 
 # Public callables and types of NumPy 2.4 that CuPy 14.0.1 lacks, found by comparing dir() of both.
@@ -40,9 +43,7 @@ MISSING_LINALG = frozenset(
     """diagonal matmul matrix_norm matrix_transpose multi_dot outer svdvals tensordot test trace
     vecdot vector_norm""".split()
 )
-MISSING_METHODS = frozenset(
-    "byteswap ctypes data getfield resize setfield setflags to_device".split()
-)
+MISSING_METHODS = frozenset("byteswap ctypes getfield resize setfield setflags to_device".split())
 
 
 def _unwrap(x):
@@ -62,17 +63,47 @@ def _wrap(x):
     return tuple(_wrap(i) for i in x) if isinstance(x, (list, tuple)) else x
 
 
-def _call(function):
-    computes = getattr(function, "__name__", "") not in VIEWS
+def _call(function, self=None):
+    name = getattr(function, "__name__", "")
 
     def call(*args, **kwargs):
-        operations["count"] += computes
         out = kwargs.get("out")
         kwargs = {k: _unwrap(v) for k, v in kwargs.items()}
-        result = function(*_unwrap(args), **kwargs)
+        args = _unwrap(args)
+        result = function(*args, **kwargs)
+        _count(name, args if self is None else (self, *args), result, out)
         return _wrap(result) if out is None else out
 
     return call
+
+
+def _count(name, args, result, out=None):
+    """Adds the kernels that CuPy 14 would launch for a call, as its source has them.
+
+    A view takes none, a copy that NumPy too would have to make one.  A batched product copies
+    operands that are not contiguous, and takes three tables of pointers where it broadcasts; a
+    concatenation copies up to eight arrays one by one.
+    """
+    kernels = 1
+    if name in VIEWS:
+        fresh = isinstance(result, _np.ndarray) and not name.startswith("empty")
+        kernels = fresh and not _np.may_share_memory(result, args[0])
+    elif name in ("matmul", "__matmul__"):
+        a, b = args[:2]
+        operations["flops"] += 2 * result.size * a.shape[-1]
+        if result.ndim > 2:
+            kernels += sum(not m.flags.c_contiguous for m in (a, b))
+            kernels += 3 * (result.ndim - 2) * (a.shape[:-2] != b.shape[:-2])
+        else:
+            kernels += sum(not (m.flags.c_contiguous or m.flags.f_contiguous) for m in (a, b))
+        kernels += out is not None and not out._a.flags.c_contiguous
+    elif name == "concatenate":
+        kernels = len(args[0]) if len(args[0]) <= 8 else 1
+    elif name == "cholesky":
+        kernels = 3 + result.ndim - 2  # a copy, pointers, the factorisation, the lower triangle
+    elif name == "inv":
+        kernels = 6  # a copy, two tables of pointers, the factorisation, the inverse in two
+    operations["count"] += int(kernels)
 
 
 def _index(index):
@@ -103,7 +134,11 @@ class Array:
         if name.startswith("_") or name in MISSING_METHODS:
             raise AttributeError(f"CuPy arrays have no attribute {name!r}")
         value = getattr(self._a, name)
-        return _call(value) if callable(value) else _wrap_property(name, value)
+        return _call(value, self._a) if callable(value) else _wrap_property(name, value)
+
+    @property
+    def data(self):
+        return _types.SimpleNamespace(ptr=self._a.ctypes.data)
 
     def __getitem__(self, index):
         index = _index(index)
@@ -161,8 +196,8 @@ def _method(name, inplace=False):
     def method(self, other):
         if not isinstance(other, Array) and getattr(other, "__array_ufunc__", 0) is None:
             return NotImplemented  # an object that asks for its own reflected operator
-        operations["count"] += 1
         result = getattr(self._a, name)(_unwrap(other))
+        _count(name, (self._a, _unwrap(other)), result)
         return self if inplace else _wrap(result)
 
     return method
@@ -214,7 +249,43 @@ class _Linalg:
         return _call(_np.linalg.solve)(a, b)
 
 
+def _memory(address, count, dtype):
+    """The numbers at an address."""
+    return _np.frombuffer((_ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype)
+
+
+def _gemm(dtype):
+    def matrices(address, rows, columns, ld, stride, count):
+        """`count` matrices, column by column."""
+        assert ld >= rows, f"leading dimension {ld} for {rows} rows"
+        memory = _memory(address, (count - 1) * stride + (columns - 1) * ld + rows, dtype)
+        strides = [i * dtype.itemsize for i in (stride, 1, ld)]
+        return _np.lib.stride_tricks.as_strided(memory, (count, rows, columns), strides)
+
+    def gemm(
+        handle, transa, transb, m, n, k, alpha, A, lda, strideA, B, ldb, strideB, beta, C, ldc,
+        strideC, count,
+    ):  # fmt: skip
+        """C ← op(A) op(B), as cublas<t>gemmStridedBatched has it with α = 1, β = 0."""
+        a = matrices(A, *((k, m) if transa else (m, k)), lda, strideA, count)
+        b = matrices(B, *((n, k) if transb else (k, n)), ldb, strideB, count)
+        assert handle == "handle"
+        assert _memory(alpha, 1, dtype) == 1 and _memory(beta, 1, dtype) == 0
+        operations["count"] += 1
+        operations["flops"] += 2 * count * m * n * k
+        product = (a.swapaxes(-1, -2) if transa else a) @ (b.swapaxes(-1, -2) if transb else b)
+        matrices(C, m, n, ldc, strideC, count)[...] = product
+
+    return gemm
+
+
 ndarray, linalg = Array, _Linalg()
+cuda = _types.SimpleNamespace(
+    device=_types.SimpleNamespace(get_cublas_handle=lambda: "handle"),
+    cublas=_types.SimpleNamespace(
+        sgemmStridedBatched=_gemm(_np.dtype("f4")), dgemmStridedBatched=_gemm(_np.dtype("f8"))
+    ),
+)
 
 
 def __getattr__(name):

@@ -44,7 +44,7 @@ FUNCTIONS = {
     "softmax": (with_gradients(ag.softmax), [(4,), (4,)]),
     "orthogonalise": (lambda M: [optimizers.orthogonalise(M)], [(3, 2)]),
     "retract": (lambda M: [optimizers.retract(M / 9)], [(3, 2)]),
-    "cholesky_basis": (lambda M: [products.cholesky_basis(M)], [(3, 2)]),
+    "cholesky_basis": (products.cholesky_basis, [(3, 2)]),
     "Products": (exponential, [(3, 1), (3, 3), (3, 1)]),
 }
 

@@ -8,6 +8,7 @@ import refusing
 
 import autograd as ag
 import osa_minimal as osa
+import products
 
 DTYPES = [np.float32, np.float64]
 ROUTES = ["auto", "gram", "qr", "newton_schulz", "dense", "products"]
@@ -34,6 +35,9 @@ def make(name):
         alpha = np.array([0.5, 0.0, 0.1]).reshape(3, 1, 1)
     elif name == "repeated columns":
         Q[:, 2], K[:, 0] = Q[:, 0], Q[:, 1]  # rank of [Q, K]: 4 of 6
+    elif name in ("columns 1e-3 apart", "columns 1e-7 apart"):
+        apart = float(name.split()[1])
+        Q[:, 2], K[:, 0] = Q[:, 0] + apart * Q[:, 2], Q[:, 1] + apart * K[:, 0]
     elif name == "repeated tokens":
         Q, K = (np.repeat(a[:3], [6, 4, 3], axis=0) for a in (Q, K))  # rank 3 of 6
     elif name == "repeated angles":
@@ -65,8 +69,9 @@ def make(name):
 
 
 CASES = """generic|batch, alpha per head|batch, one head has alpha 0|repeated columns|
-repeated tokens|repeated angles|K = Q|alpha = 0|Q = K = V = 0|Q = 0|N < 2 d_v|N = 2 d_v + 1|N = 1|
-d_v = 1|padded rows|large angles""".replace("\n", "").split("|")
+columns 1e-3 apart|columns 1e-7 apart|repeated tokens|repeated angles|K = Q|alpha = 0|
+Q = K = V = 0|Q = 0|N < 2 d_v|N = 2 d_v + 1|N = 1|d_v = 1|padded rows|
+large angles""".replace("\n", "").split("|")
 each_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -429,24 +434,30 @@ def phi1(S):
     return expm_one_by_one(np.block([[S, I], [0 * S, 0 * S]]))[..., :n, n:]
 
 
+SMALL = {
+    "Chebyshev": osa.Chebyshev,
+    "ChebyshevMatrix": osa.ChebyshevMatrix,
+    "products": lambda S, W, rho: products.Products(S, W),
+}
+
+
 @each_spectrum
+@pytest.mark.parametrize("small", SMALL)
 @pytest.mark.parametrize("slack", [1.0, 1.7])
-def test_chebyshev_is_the_spectral_formula(spectrum, slack, rng, xp):
+def test_every_small_exponential_is_the_spectral_formula(spectrum, small, slack, rng, xp):
     S = SPECTRA[spectrum](rng)
     S = (S - S.swapaxes(-1, -2)) / 2
     W, G = (rng.standard_normal((*S.shape[:-1], 3)) for _ in range(2))
     rho = slack * spectral_norm(S)  # any bound on the spectrum will do
     n = S.shape[-1]
     tol = 16 * n * np.finfo(float).eps * max(1, rho)
-    fast = osa.Chebyshev(xp.asarray(S), xp.asarray(W), rho)
-    slow = osa.Spectral(S, W)
+    fast, slow = SMALL[small](xp.asarray(S), xp.asarray(W), rho), osa.Spectral(S, W)
     close(slow.value, expm_one_by_one(S) @ W, tol * 3)  # entries of W reach 3
     close(fast.value, slow.value, tol * 3)
     for a, b in zip(fast.adjoint(xp.asarray(G)), slow.adjoint(G)):
         close(a, b, tol * np.linalg.norm(G) * max(1, np.linalg.norm(W)))
-    fast, slow = osa.Chebyshev(xp.asarray(S), xp.asarray(W), rho, osa._phi1), phi1(S) @ W
-    close(osa.Spectral(S, W, rho, osa._phi1).value, slow, tol * 3)
-    close(fast.value, slow, tol * 3)
+    close(slow.phi1(G), phi1(S) @ G, tol * 3)
+    close(fast.phi1(xp.asarray(G)), phi1(S) @ G, tol * 3)
 
 
 @pytest.mark.parametrize("f", [osa._exp, osa._phi1], ids=["exp", "phi1"])

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import math
 import types
 import warnings
@@ -130,7 +131,8 @@ def test_the_optimizers_take_no_more_operations_for_more_parameters(rng):
         for optimizer in both:
             optimizer.step(0.1, 1)
         counts.append(refusing.operations["count"] - before)
-    assert counts[0] == counts[1] < 160
+    # CuPy copies up to eight arrays one by one to join them, and more by one kernel.
+    assert counts[1] <= counts[0] < 160
 
 
 def test_numbers_beside_tensors_are_no_transfers(xp):
@@ -142,6 +144,73 @@ def test_numbers_beside_tensors_are_no_transfers(xp):
 
 
 # -------------------------------------------------------------------------------- route "products"
+
+
+LAYOUTS = {
+    "contiguous": lambda M: M,
+    "transposed": lambda M: M.swapaxes(-1, -2).copy().swapaxes(-1, -2),
+    "columns of a wider one": lambda M: np.concatenate([M, M, M], axis=-1)[..., : M.shape[-1]],
+    "rows of a longer one": lambda M: np.concatenate([M, M], axis=-2)[..., -M.shape[-2] :, :],
+    "every second column": lambda M: np.repeat(M, 2, axis=-1)[..., ::2],
+    "heads last": lambda M: M.swapaxes(-3, -2).copy().swapaxes(-3, -2),
+    "one for the whole batch": lambda M: M[:1],
+    "backwards": lambda M: M[..., ::-1, :].copy()[..., ::-1, :],
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("n, k, m", [(5, 4, 3), (1, 4, 3), (5, 1, 3), (5, 4, 1), (1, 1, 1)])
+def test_product_is_matmul_for_every_layout_in_memory(n, k, m, dtype, rng, device):
+    A, B = rng.standard_normal((2, 3, n, k)), rng.standard_normal((2, 3, k, m))
+    wide = A.astype(dtype).astype(float), B.astype(dtype).astype(float)
+    for a, b, c in itertools.product(LAYOUTS, LAYOUTS, LAYOUTS):
+        left, right = (
+            keep_layout(device, LAYOUTS[i](M.astype(dtype))) for i, M in ((a, A), (b, B))
+        )
+        want = LAYOUTS[a](wide[0]) @ LAYOUTS[b](wide[1])
+        # Sums of k products of numbers up to 4.
+        close = {"rtol": 0, "atol": 16 * k * EPS[dtype]}
+        np.testing.assert_allclose(products.product(left, right).get(), want, **close)
+        if c != "one for the whole batch":
+            out = keep_layout(device, LAYOUTS[c](np.full(want.shape, np.nan, dtype)))
+            assert products.product(left, right, out=out) is out
+            np.testing.assert_allclose(out.get(), want, **close)
+
+
+def test_products_of_transposes_and_slices_are_one_kernel_each(rng):
+    for a, b, c in itertools.product(list(LAYOUTS)[:4], repeat=3):
+        A, B, C = (rng.standard_normal((2, 3, *s)) for s in ((5, 4), (4, 3), (5, 3)))
+        A, B = keep_layout(refusing, LAYOUTS[a](A)), keep_layout(refusing, LAYOUTS[b](B))
+        before = refusing.operations["count"]
+        products.product(A, B)
+        if c != "transposed":  # cuBLAS writes by columns: of the transposes, by rows
+            products.product(A, B, out=keep_layout(refusing, LAYOUTS[c](C)))
+        assert refusing.operations["count"] - before == 1 + (c != "transposed"), (a, b, c)
+
+
+@pytest.mark.parametrize("N", [7, 12, 24, 37, 48])
+def test_a_tall_product_in_blocks_is_the_product(N, rng, device, monkeypatch):
+    monkeypatch.setattr(products, "ROWS", 4)
+    A, B = rng.standard_normal((2, 3, N, 5)), rng.standard_normal((2, 3, N, 2))
+    a, b = (keep_layout(device, LAYOUTS["columns of a wider one"](M)) for M in (A, B))
+    got = products.tall_product(a, b).get()
+    # Sums of N products of numbers up to 4.
+    np.testing.assert_allclose(got, A.swapaxes(-1, -2) @ B, rtol=0, atol=16 * N * EPS[np.float64])
+
+
+def keep_layout(device, M):
+    """M on the device with the strides it has."""
+    base = M if M.base is None else M.base
+    while base.base is not None:
+        base = base.base
+    offset = M.ctypes.data - base.ctypes.data
+    moved = device.asarray(base.reshape(-1))
+    if device is refusing:
+        view = np.lib.stride_tricks.as_strided(
+            np.frombuffer(moved._a, np.uint8)[offset:].view(M.dtype), M.shape, M.strides
+        )
+        return refusing.Array(view)
+    return device.ndarray(M.shape, M.dtype, moved.data + offset, M.strides)
 
 
 def test_auto_is_products_on_a_device_and_waits_for_nothing(rng):
@@ -211,8 +280,8 @@ def test_a_failed_factorisation_gives_nan(rng, monkeypatch):
         return L
 
     monkeypatch.setattr(np.linalg, "cholesky", fails_for_the_second)
-    B = products.cholesky_basis(P)
-    assert np.isfinite(B[0]).all() and np.isnan(B[1]).all()
+    R = products.cholesky_basis(P)[1]
+    assert np.isfinite(R[0]).all() and np.isnan(R[1]).all()
 
 
 @each_dtype
@@ -220,7 +289,7 @@ def test_a_failed_factorisation_gives_nan(rng, monkeypatch):
 def test_the_cholesky_basis_is_orthonormal_and_spans_the_columns(smallest, dtype, rng, xp):
     U, _, Wt = np.linalg.svd(rng.standard_normal((3, 40, 6)), full_matrices=False)
     P = (U * np.geomspace(1, smallest, 6) @ Wt * [1, 1e4, 1e-4, 1, 1, 1]).astype(dtype)
-    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))).astype(float)
+    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))[0]).astype(float)
     tol = 8 * 50 * EPS[dtype]
     np.testing.assert_allclose(B.swapaxes(-1, -2) @ B - np.eye(6), 0, rtol=0, atol=tol)
     size = np.linalg.norm(P, axis=-2, keepdims=True)  # column by column: their scales differ
@@ -240,7 +309,7 @@ def test_the_cholesky_basis_keeps_what_there_is_of_a_deficient_matrix(tokens, dt
     else:
         P *= 1e-30 if tokens == "tiny" else 1e30  # squares leave float32's range
     P = P.astype(dtype)
-    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))).astype(float)
+    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))[0]).astype(float)
     assert np.linalg.norm(B, 2) < 1 + 1e-5
     size = max(np.linalg.norm(P.astype(float), 2), 1e-300)
     np.testing.assert_allclose((B @ (B.T @ P) - P) / size, 0, rtol=0, atol=400 * EPS[dtype])

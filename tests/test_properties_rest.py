@@ -192,16 +192,19 @@ def test_the_cholesky_basis_spans_its_matrix(rng, batch, r, more, dtype, special
     elif special == "twins":
         P[..., -1] = P[..., 0]
     elif special == "near twins":
-        P[..., -1] = P[..., 0] * (1 + 1e-3 * rng.standard_normal(P.shape[:-1]))
+        apart = dtype(10.0 ** rng.uniform(-16, 0)) * rng.standard_normal(P.shape[:-1], dtype)
+        P[..., -1] = P[..., 0] * (1 + apart)
+    P = P[..., rng.permutation(r)]
     P = laid_out(P, rng.choice(LAYOUTS))
-    unit, B = attempt(products.unit_columns, P), attempt(products.cholesky_basis, P)
-    assert unit.dtype == B.dtype == dtype and B.shape == P.shape
+    unit, (B, R) = attempt(products.unit_columns, P), attempt(products.cholesky_basis, P)
+    assert unit.dtype == B.dtype == R.dtype == dtype and B.shape == P.shape
     eps, wide = float(np.finfo(dtype).eps), P.astype(float)
     norms = np.sqrt((wide**2).sum(axis=-2, keepdims=True))
     assert_close(unit * norms, wide, 8 * (r + more) * eps * norms)
     assert np.linalg.norm(B.astype(float), 2, axis=(-2, -1)).max(initial=0) <= 1 + 1e-5
-    # Three factorisations with a shift of eps (4r + √N), whose traces the last step squares.
-    assert abs(B @ (B.mT.astype(float) @ unit) - unit).max(initial=0) <= 400 * eps
+    # At most 54 eps in 12,000 tries with up to 40 columns, 2 in the median.
+    assert abs(B @ (B.mT.astype(float) @ unit) - unit).max(initial=0) <= 100 * eps
+    assert_close(R, B.mT.astype(float) @ wide, 8 * (r + more) * eps * norms)
 
 
 @given(seeds, batches, lengths, lengths, dtypes, st.integers(-30, 30))
