@@ -1,6 +1,6 @@
 """The operator, a training step and the MNIST run on one NVIDIA card, beside PyTorch and the floor.
 
-    python benchmarks/gpu.py [--only operator,scaling,step,mnist]
+    python benchmarks/gpu.py [--only products,operator,scaling,step,mnist]
 
 float32, forward + backward, TF32 off on both sides; every time is a median over repetitions, each
 between two synchronisations of the device.  The floor is the time in which the card can do what the
@@ -28,6 +28,7 @@ import numpy as np  # noqa: E402
 
 from autograd import find_device  # noqa: E402
 from osa_minimal import osa_backward, osa_forward, rotation_angles  # noqa: E402
+from products import product, tall_product  # noqa: E402
 
 SHAPES = ((512, 49, 16), (4096, 49, 16), (64, 4096, 64), (16, 65536, 64))
 LENGTHS = tuple(2**k for k in range(12, 21))
@@ -170,6 +171,25 @@ def best(times, names):
     return min((times[k] for k in names if isinstance(times.get(k), float)), default=math.nan)
 
 
+def tall_products(card, rates, shapes=SHAPES):
+    """PᵀP, which decides at long shapes: by CuPy, by cuBLAS without copies, in blocks of rows."""
+    rows = []
+    for b, N, d_v in shapes:
+        card.free()
+        F = card.xp.ones((b, N, 3 * d_v), np.float32)
+        P = F[..., : 2 * d_v]
+        ways = {
+            "CuPy": lambda P=P: P.swapaxes(-1, -2) @ P,
+            "cuBLAS": lambda P=P: product(P.swapaxes(-1, -2), P),
+            "cuBLAS in blocks": lambda P=P: tall_product(P, P),
+        }
+        times = {name: card.seconds(f) for name, f in ways.items()}
+        times["floor"] = 2 * b * N * (2 * d_v) ** 2 / rates[1]
+        rows.append({"shape": (b, N, d_v), "milliseconds": milliseconds(times)})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def operator(card, rates, shapes=SHAPES):
     """Every route and peer at four shapes."""
     import peers
@@ -283,7 +303,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="operator,scaling,step,mnist")
+    parser.add_argument("--only", default="products,operator,scaling,step,mnist")
     parser.add_argument("--check", action="store_true", help="only say which card there is")
     args = parser.parse_args()
     try:
@@ -302,6 +322,7 @@ def main():
     rates = card.rates()
     result |= {"copy_gb_per_s": round(rates[0] / 1e9), "gemm_tflops": round(rates[1] / 1e12, 1)}
     parts = {
+        "products": lambda: tall_products(card, rates),
         "operator": lambda: operator(card, rates),
         "scaling": lambda: scaling(card),
         "step": lambda: step(card),
