@@ -20,7 +20,15 @@ import numpy as np
 
 import autograd as ag
 from autograd import Tensor, array_module
-from products import Products, cholesky_basis, product, tall_product, unit_columns
+from products import (
+    Products,
+    cholesky_basis,
+    double_basis,
+    double_is_fast,
+    product,
+    tall_product,
+    unit_columns,
+)
 
 ROUTES = ("auto", "gram", "qr", "newton_schulz", "dense", "products")
 
@@ -402,12 +410,15 @@ def _forward(F, s, d_v, route):
                 except FloatingPointError:  # Q and K of sizes whose squares overflow
                     if route == "gram":
                         raise
-    B = R = None
-    if route == "products" and N > r:
+    B = R = None  # B = I
+    tall = route in ("auto", "products") and N > r
+    if tall and F.dtype == np.float32 and double_is_fast(xp):
+        B, R = double_basis(F[..., :r])
+    elif tall and route == "products":
         B, R = cholesky_basis(F[..., :r])
     elif route == "newton_schulz":  # a K that is small beside Q takes no more steps
         B = orthonormal_basis(unit_columns(F[..., :r]), "newton_schulz")
-    elif route == "qr" or (route == "auto" and N > r):
+    elif tall or route == "qr":
         B = orthonormal_basis(F[..., :r], "qr")
     return _basis_forward(F, B, R, s, d_v, route)
 
@@ -504,7 +515,8 @@ def _basis_forward(F, B, R, s, d_v, route):
         R, b = BtF[..., :r], BtF[..., r:]
     with np.errstate(over="ignore", invalid="ignore"):
         U = _unscaled_scores(R)
-        S = s * U  # S̃ = BᵀSB
+        S = (s * U).astype(F.dtype)  # S̃ = BᵀSB; R in float64 keeps what cancels in it
+        R, U = R.astype(F.dtype, copy=False), U.astype(F.dtype, copy=False)
         if route == "products":
             small = Products(S, b)
             O = small.value if B is None else V + product(B, small.value - b)

@@ -99,45 +99,96 @@ def unit_columns(M):
     return M / array_module(M).sqrt(array_module(M).maximum(squares, 1))
 
 
+def double_basis(P):
+    """B (..., N, r) that serves as orthonormal basis of P (..., N, r), r ≤ N, in Theorem 2.1, both
+    in float32, and R = BᵀP (..., r, r) in float64.
+
+    B = P T with TᵀPᵀP T = I, T by a Cholesky factor in float64: there the squares of float32
+    neither overflow nor underflow, and s R J Rᵀ is right also where nearly all of it cancels, as
+    for K ≈ Q.
+    """
+    array_module(P)  # TypeError for what is no array
+    if P.dtype != np.float32 or P.ndim < 2:
+        raise TypeError(f"P must be an array (..., N, r) of float32, got {P.dtype} {P.shape}")
+    N, P = P.shape[-2], P.astype(np.float64)
+    G = tall_product(P, P)
+    T = _refined(_whitening(G, N), G)
+    B = product(P, T).astype(np.float32)
+    return B, _checked(product(_T(T), G), G, N, B.dtype)
+
+
 def cholesky_basis(P):
-    """B (..., N, r) that serves as orthonormal basis of P (..., N, r), r ≤ N, in Theorem 2.1, and
-    R = BᵀP (..., r, r).
+    """As `double_basis`, but all in the dtype of P.
 
     B ← B L⁻ᵀ with L Lᵀ = BᵀB + δI makes those singular values 1 that are well above √δ, and three
-    times those of P down to its rounding (shifted Cholesky QR, arXiv 1809.11085).  Along what is
-    smaller still S vanishes to rounding, so there B need not be orthonormal.
-
-    First the columns of P are scaled to norm 1 and rotated at random.  A direction in which P is
-    small then comes last in L; elsewhere the columns after it would take up its rounding error,
-    eps/√δ, and with them the span of B.  Of two rotations each matrix takes the better.
+    times those of P down to its rounding (shifted Cholesky QR, arXiv 1809.11085).
     """
     size = column_size(P)
-    B = P = P / size  # columns of norm 1 … √N, or 0
-    xp, (N, r), eps = array_module(P), P.shape[-2:], float(np.finfo(P.dtype).eps)
-    I = xp.eye(r, dtype=P.dtype)
-    delta_I = eps * (4 * r + math.sqrt(N)) * I
-
-    def inverse_factor(G):  # L⁻ᵀ
-        return _T(xp.linalg.inv(xp.linalg.cholesky(G + delta_I)))
-
-    G = tall_product(P, P)
-    squares = G.diagonal(0, -2, -1)[..., None, :]  # ‖p‖² of each column
-    W = _rotations(xp, r, P.dtype, G.ndim) / xp.sqrt(xp.maximum(_T(squares), 1))
-    L = xp.linalg.cholesky(product(_T(W), product(G, W)) + delta_I)  # (2, ..., r, r)
-    T = product(W, _T(xp.linalg.inv(L)))
-    sizes = xp.sqrt((T * T).sum(axis=-2, keepdims=True))
-    growth = product(abs(L), _T(sizes)).max(axis=-2, keepdims=True)
-    B = product(P, xp.where(growth[0] < growth[1], T[0], T[1]))
-    B = product(B, inverse_factor(tall_product(B, B)))
+    N, P = P.shape[-2], P / size  # columns of norm 1 … √N, or 0
+    G = first = tall_product(P, P)
+    B = product(P, _whitening(G, N))
+    B = product(B, _inverse_factor(tall_product(B, B), N)[0])
     G = tall_product(B, B)
-    T = inverse_factor(G)
-    # A step of Newton–Schulz, T ← T (3I − TᵀGT)/2, squares what δ leaves of BᵀB − I.
-    B = product(B, product(T, 1.5 * I - 0.5 * product(_T(T), product(G, T))))
-    R = tall_product(B, P)
-    # A factorisation fails without a word in CuPy; then ‖Bᵀp‖ = ‖p‖ does not hold for all columns.
-    wrong = abs((R * R).sum(axis=-2, keepdims=True) - squares) / xp.maximum(squares, 1)
-    right = wrong.max(axis=-1, keepdims=True) <= eps * (100 + 4 * math.sqrt(N))
-    return B, xp.where(right, R, math.nan) * size
+    B = product(B, _refined(_inverse_factor(G, N)[0], G))
+    return B, size * _checked(tall_product(B, P), first, N, B.dtype)
+
+
+def _whitening(G, N):
+    """T with TᵀGT = I for G = PᵀP (..., r, r), P (..., N, r), but for singular values below √δ.
+
+    Along these S vanishes to rounding, so there the basis P T need not be orthonormal.
+
+    The columns of P are scaled to norm 1 and rotated at random.  A direction in which P is small
+    then comes last in L; elsewhere the columns after it would take up its rounding error, eps/√δ,
+    and with them the span of P T.  Of two rotations each matrix takes the better.
+    """
+    xp = array_module(G)
+    squares = _diagonal(G)
+    W = _rotations(xp, G.shape[-1], G.dtype, G.ndim) / xp.sqrt(_T(squares + (squares == 0)))
+    T, L = _inverse_factor(product(_T(W), product(G, W)), N)
+    T = product(W, T)  # (2, ..., r, r)
+    norms = xp.sqrt((T * T).sum(axis=-2, keepdims=True))
+    growth = product(abs(L), _T(norms)).max(axis=-2, keepdims=True)
+    return xp.where(growth[0] < growth[1], T[0], T[1])
+
+
+def _diagonal(G):
+    """The diagonal of G (..., r, r) as a row (..., 1, r)."""
+    return G.diagonal(0, -2, -1)[..., None, :]
+
+
+def _inverse_factor(G, N):
+    """L⁻ᵀ and L with L Lᵀ = G + δI; δ is above the rounding error of G = BᵀB, B (..., N, r) with
+    columns of norm 1."""
+    xp, r = array_module(G), G.shape[-1]
+    delta = float(np.finfo(G.dtype).eps) * (4 * r + math.sqrt(N))
+    L = xp.linalg.cholesky(G + delta * xp.eye(r, dtype=G.dtype))
+    return _T(xp.linalg.inv(L)), L
+
+
+def _refined(T, G):
+    """T (3I − TᵀGT)/2: a step of Newton–Schulz, which squares what δ leaves of TᵀGT − I."""
+    I = array_module(G).eye(G.shape[-1], dtype=G.dtype)
+    return product(T, 1.5 * I - 0.5 * product(_T(T), product(G, T)))
+
+
+def _checked(R, G, N, dtype):
+    """R = BᵀP, or NaN unless ‖Bᵀp‖² = ‖p‖² for all columns p of P, G = PᵀP, as B of the dtype has
+    it: a factorisation that fails does so without a word in CuPy."""
+    squares = _diagonal(G)
+    wrong = abs((R * R).sum(axis=-2, keepdims=True) - squares) / (squares + (squares == 0))
+    right = wrong.max(axis=-1, keepdims=True) <= np.finfo(dtype).eps * (100 + 4 * math.sqrt(N))
+    return array_module(R).where(right, R, math.nan)
+
+
+@functools.cache
+def double_is_fast(xp):
+    """Whether float64 is worth using beside float32: on a CPU, and on GPUs made for computing."""
+    runtime = getattr(getattr(xp, "cuda", None), "runtime", None)
+    if runtime is None:
+        return True
+    ratio = runtime.cudaDevAttrSingleToDoublePrecisionPerfRatio
+    return runtime.deviceGetAttribute(ratio, xp.cuda.Device().id) <= 4
 
 
 @functools.cache

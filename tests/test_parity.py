@@ -271,34 +271,46 @@ def silent_cholesky(A):
     return flat.reshape(A.shape)
 
 
-def test_a_failed_factorisation_gives_nan(rng, monkeypatch):
-    P = rng.standard_normal((2, 20, 4))
+BASES = {"cholesky": products.cholesky_basis, "double": products.double_basis}
+each_basis = pytest.mark.parametrize(
+    "basis, dtype", [("cholesky", np.float32), ("cholesky", np.float64), ("double", np.float32)]
+)
+
+
+@each_basis
+def test_a_failed_factorisation_gives_nan(basis, dtype, rng, monkeypatch):
+    P = rng.standard_normal((2, 20, 4)).astype(dtype)
 
     def fails_for_the_second(A):
         L = CHOLESKY(A)
-        L[1] = np.tril(A[1])
+        L[..., 1, :, :] = np.tril(A[..., 1, :, :])
         return L
 
     monkeypatch.setattr(np.linalg, "cholesky", fails_for_the_second)
-    R = products.cholesky_basis(P)[1]
+    R = BASES[basis](P)[1]
     assert np.isfinite(R[0]).all() and np.isnan(R[1]).all()
 
 
-@each_dtype
+@each_basis
 @pytest.mark.parametrize("smallest", [1, 1e-2, 1e-5])
-def test_the_cholesky_basis_is_orthonormal_and_spans_the_columns(smallest, dtype, rng, xp):
+def test_the_cholesky_basis_is_orthonormal_and_spans_the_columns(smallest, basis, dtype, rng, xp):
     U, _, Wt = np.linalg.svd(rng.standard_normal((3, 40, 6)), full_matrices=False)
     P = (U * np.geomspace(1, smallest, 6) @ Wt * [1, 1e4, 1e-4, 1, 1, 1]).astype(dtype)
-    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))[0]).astype(float)
+    B, R = (ag.to_cpu(a) for a in BASES[basis](xp.asarray(P)))
+    assert B.dtype == dtype and R.dtype == (np.float64 if basis == "double" else dtype)
+    B = B.astype(float)
     tol = 8 * 50 * EPS[dtype]
     np.testing.assert_allclose(B.swapaxes(-1, -2) @ B - np.eye(6), 0, rtol=0, atol=tol)
     size = np.linalg.norm(P, axis=-2, keepdims=True)  # column by column: their scales differ
-    np.testing.assert_allclose((B @ (B.swapaxes(-1, -2) @ P) - P) / size, 0, rtol=0, atol=tol)
+    np.testing.assert_allclose((B @ R - P) / size, 0, rtol=0, atol=tol)
+    np.testing.assert_allclose((B.swapaxes(-1, -2) @ P - R) / size, 0, rtol=0, atol=tol)
 
 
-@each_dtype
+@each_basis
 @pytest.mark.parametrize("tokens", ["zeros", "one column", "equal tokens", "tiny", "huge"])
-def test_the_cholesky_basis_keeps_what_there_is_of_a_deficient_matrix(tokens, dtype, rng, xp):
+def test_the_cholesky_basis_keeps_what_there_is_of_a_deficient_matrix(
+    tokens, basis, dtype, rng, xp
+):
     P = rng.standard_normal((40, 6))
     if tokens == "zeros":
         P = 0 * P
@@ -309,10 +321,65 @@ def test_the_cholesky_basis_keeps_what_there_is_of_a_deficient_matrix(tokens, dt
     else:
         P *= 1e-30 if tokens == "tiny" else 1e30  # squares leave float32's range
     P = P.astype(dtype)
-    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))[0]).astype(float)
+    B = ag.to_cpu(BASES[basis](xp.asarray(P))[0]).astype(float)
     assert np.linalg.norm(B, 2) < 1 + 1e-5
     size = max(np.linalg.norm(P.astype(float), 2), 1e-300)
     np.testing.assert_allclose((B @ (B.T @ P) - P) / size, 0, rtol=0, atol=400 * EPS[dtype])
+
+
+@each_basis
+@pytest.mark.parametrize("apart", [1e-3, 1e-5, 1e-7, 1e-9, 1e-12])
+def test_columns_that_nearly_coincide_do_not_spoil_the_basis(apart, basis, dtype, rng, xp):
+    P = rng.standard_normal((50, 40, 6))
+    P[..., 1] = P[..., 0] + apart * P[..., 1]
+    P[..., 4] = P[..., 2] - apart * P[..., 3]
+    P = P.astype(dtype)
+    B = ag.to_cpu(BASES[basis](xp.asarray(P))[0]).astype(float)
+    # Without the rotation 1e7 eps in float64; the other columns take up the error of the small one.
+    np.testing.assert_allclose(B @ (B.swapaxes(-1, -2) @ P), P, rtol=0, atol=64 * 4 * EPS[dtype])
+
+
+def test_whichever_two_columns_nearly_coincide_one_of_two_rotations_serves(rng, xp):
+    r = 17
+    pairs = list(itertools.combinations(range(r), 2))
+    P = rng.standard_normal((len(pairs), 60, r))
+    for M, (i, j) in zip(P, pairs):
+        M[:, j] = M[:, i] + 1e-7 * M[:, j]
+    B = ag.to_cpu(products.cholesky_basis(xp.asarray(P))[0])
+    # 53 eps were seen; each rotation alone is off by 4000 for some pair.
+    atol = 200 * EPS[np.float64]
+    np.testing.assert_allclose(B @ (B.swapaxes(-1, -2) @ P), P, rtol=0, atol=atol)
+
+
+def test_float64_is_used_where_it_is_fast():
+    def card(ratio):
+        xp = types.ModuleType("a card")
+        runtime = types.SimpleNamespace(
+            cudaDevAttrSingleToDoublePrecisionPerfRatio=87,
+            deviceGetAttribute=lambda attribute, device: {(87, 0): ratio}[attribute, device],
+        )
+        xp.cuda = types.SimpleNamespace(runtime=runtime, Device=lambda: types.SimpleNamespace(id=0))
+        return xp
+
+    assert products.double_is_fast(np)
+    assert [products.double_is_fast(card(ratio)) for ratio in (2, 64)] == [True, False]
+
+
+@pytest.mark.parametrize("apart", [1, 1e-3, 1e-7])
+def test_products_needs_no_float64_for_float32(apart, rng, xp, monkeypatch):
+    monkeypatch.setattr(osa, "double_is_fast", lambda xp: False)
+    Q, K, V, dO = rng.standard_normal((4, 3, 20, 3)).astype(np.float32)
+    K[..., 0] = Q[..., 1] + np.float32(apart) * K[..., 0]
+    arrays = [xp.asarray(a) for a in (Q, K, V)]
+    O, saved = osa.osa_forward(*arrays, 0.3, "products")
+    got = O, *osa.osa_backward(xp.asarray(dO), saved)
+    want, saved = osa.osa_forward(*(a.astype(float) for a in (Q, K, V)), 0.3, "dense")
+    want = want, *osa.osa_backward(dO.astype(float), saved)
+    for a, b in zip(got, want):
+        assert a.dtype == np.float32
+        # c n eps, n = N + r, relative to the largest entry; ‖S‖ is below 10.
+        atol = 10 * 26 * EPS[np.float32] * abs(b).max()
+        np.testing.assert_allclose(ag.to_cpu(a), b, rtol=0, atol=atol)
 
 
 def test_a_norm_out_of_reach_ends_training_with_a_message_at_the_next_row(small, tmp_path):
