@@ -315,10 +315,10 @@ def osa_forward(Q, K, V, alpha, route="auto"):
            "products"       as "qr", B by Cholesky, exp by squaring: nothing is decided by looking
                             at numbers; beyond ‖S‖₂ = 1000 right or NaN, never a wrong number
            "auto"           N ≤ 2 d_v: B = I, since S itself is the small matrix; otherwise "gram"
-                            where its rounding error, about eps s² ‖QᵀQ‖ ‖KᵀK‖, is harmless,
-                            and "qr" where not (nearly parallel tokens, one dominant token,
-                            large ‖S‖).  No route is better than eps s ‖Q‖₂ ‖K‖₂: where K ≈ Q
-                            cancels in S itself, digits of S are lost before anything is computed.
+                            where its rounding error, about eps s² ‖QᵀQ‖ ‖KᵀK‖, is harmless;
+                            where not (nearly parallel tokens, one dominant token, large ‖S‖), for
+                            float32 the basis of `products.double_basis`, which loses no digit even
+                            where QKᵀ and KQᵀ cancel; for float64 "qr", right to eps s ‖Q‖₂ ‖K‖₂.
                             On a GPU, where looking means waiting for the device: "products".
     To pad, zero rows of Q and K: those rows of A are the identity's, on every route.
     Returns (O, saved).  Raises ValueError or TypeError naming the argument at fault, ValueError for

@@ -33,7 +33,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def input_classes(rng, N=96, d_v=8, batch=4):
-    """(name, ordinary?, Q, K, V, alpha) in float64."""
+    """(name, Q, K, V, alpha) in float64."""
 
     def normal(*shape):
         return rng.standard_normal(shape)
@@ -42,21 +42,20 @@ def input_classes(rng, N=96, d_v=8, batch=4):
         return normal(batch, n, d_v), normal(batch, n, d_v), normal(batch, n, d_v)
 
     Q, K, V = tokens()
-    yield "Gaussian", True, Q, K, V, 0.1
+    yield "Gaussian", Q, K, V, 0.1
     norm = float(rotation_angles(Q, K, 1.0).max())
     for size in (0, 1e-6, 0.1, 1, 3, 10, 30, 100):
-        yield f"norm of S = {size:g}", size <= 3, Q, K, V, size / norm
+        yield f"norm of S = {size:g}", Q, K, V, size / norm
     few = np.concatenate([Q[..., :3]] * 3, axis=-1)[..., :d_v]
-    yield "rank-deficient [Q, K]", True, few, K, V, 0.1
-    yield "all of K in the span of Q", True, Q, Q @ normal(d_v, d_v), V, 0.03
+    yield "rank-deficient [Q, K]", few, K, V, 0.1
+    yield "all of K in the span of Q", Q, Q @ normal(d_v, d_v), V, 0.03
     copies = rng.integers(0, 10, N)
-    yield "duplicated tokens", True, Q[:, copies], K[:, copies], V[:, copies], 0.05
+    yield "duplicated tokens", Q[:, copies], K[:, copies], V[:, copies], 0.05
     for sigma in (1e-3, 1e-6):
         U, _, Wt = np.linalg.svd(np.concatenate([Q, K], axis=-1), full_matrices=False)
         P = U * np.geomspace(1, sigma, 2 * d_v) @ Wt * 10
         yield (
             f"smallest/largest singular value {sigma:g}",
-            False,
             P[..., :d_v],
             P[..., d_v:],
             V,
@@ -64,26 +63,26 @@ def input_classes(rng, N=96, d_v=8, batch=4):
         )
     for size in (10, 1000):
         far_Q, far_K = Q + size * normal(batch, 1, d_v), K + size * normal(batch, 1, d_v)
-        yield f"common component {size} times the rest", False, far_Q, far_K, V, 0.01
+        yield f"common component {size} times the rest", far_Q, far_K, V, 0.01
         alpha = 1 / float(rotation_angles(far_Q, far_K, 1.0).max())
-        yield f"the same, norm of S = 1 ({size})", False, far_Q, far_K, V, alpha
-    yield "K = Q + 1e-3 noise", False, Q, Q + 1e-3 * K, V, 1.0
-    yield "K = Q + 1e-6 noise", False, Q, Q + 1e-6 * K, V, 1.0
+        yield f"the same, norm of S = 1 ({size})", far_Q, far_K, V, alpha
+    yield "K = Q + 1e-3 noise", Q, Q + 1e-3 * K, V, 1.0
+    yield "K = Q + 1e-6 noise", Q, Q + 1e-6 * K, V, 1.0
     U = np.linalg.qr(normal(batch, N, 2 * d_v))[0]
-    yield "repeated angles", True, U[..., :d_v], U[..., d_v:], V, 2.0
-    yield "N < 2 d_v", True, *tokens(2 * d_v - 5), 0.3
-    yield "N = 1", True, *tokens(1), 0.3
+    yield "repeated angles", U[..., :d_v], U[..., d_v:], V, 2.0
+    yield "N < 2 d_v", *tokens(2 * d_v - 5), 0.3
+    yield "N = 1", *tokens(1), 0.3
     for scale in (1e-10, 1e10):
-        yield f"Q, K, V times {scale:g}", False, Q * scale, K * scale, V * scale, 0.1
-    yield "Q times 1e5, K times 1e-5", True, Q * 1e5, K * 1e-5, V, 0.1
+        yield f"Q, K, V times {scale:g}", Q * scale, K * scale, V * scale, 0.1
+    yield "Q times 1e5, K times 1e-5", Q * 1e5, K * 1e-5, V, 0.1
     padded = Q.copy(), K.copy()
     for a in padded:
         a[:, -N // 3 :] = 0
-    yield "padded rows", True, *padded, V, 0.1
+    yield "padded rows", *padded, V, 0.1
     for apart in (1e-3, 1e-7):
         near = Q.copy()
         near[..., 1] = Q[..., 0] + apart * Q[..., 1]
-        yield f"two columns {apart:g} apart", False, near, K, V, 0.1
+        yield f"two columns {apart:g} apart", near, K, V, 0.1
 
 
 def all_results(Q, K, V, alpha, dO, route):
@@ -118,7 +117,7 @@ def relative(got, want, natural):
 
 def measure(seed=0):
     rng, rows = np.random.default_rng(seed), []
-    for name, ordinary, Q, K, V, alpha in input_classes(rng):
+    for name, Q, K, V, alpha in input_classes(rng):
         dO = rng.standard_normal(V.shape)
         for dtype in (np.float64, np.float32):
             q, k, v, g = (a.astype(dtype) for a in (Q, K, V, dO))
@@ -132,7 +131,7 @@ def measure(seed=0):
             natural = {"O": size[2], "dV": size[3], "dQ": s * size[1] * size[2] * size[3],
                        "dK": s * size[0] * size[2] * size[3],
                        "dalpha": size[0] * size[1] * size[2] * size[3]}  # fmt: skip
-            row = {"class": name, "ordinary": ordinary, "dtype": dtype.__name__, "norm_S": norm}
+            row = {"class": name, "dtype": dtype.__name__, "norm_S": norm}
             if dtype is np.float64 and norm < 1e3:
                 truth = extended_exp(S[0]) @ exact[2][0]
                 check = np.linalg.norm(want["O"][0] - truth) / np.linalg.norm(truth)
@@ -150,6 +149,11 @@ def measure(seed=0):
 
 
 QUANTITIES = ("O", "dQ", "dK", "dV", "dalpha", "orthogonality")
+# For route "auto", in every class.
+LIMITS = {
+    "float64": dict(zip(QUANTITIES, (1e-13, 1e-12, 1e-12, 1e-13, 1e-11, 1e-14))),
+    "float32": dict(zip(QUANTITIES, (2e-7, 1e-6, 1e-6, 2e-7, 1e-5, 5e-6))),
+}
 
 
 def report(rows):
@@ -161,24 +165,11 @@ def report(rows):
     for row in rows:
         values = "".join(f"{row[q]:10.1e}" if q in row else " " * 10 for q in QUANTITIES)
         print(f"{row['class']:42s}{row['dtype']:9s}{row['route']:15s}{row['norm_S']:9.1e}{values}")
-    qr = {(r["class"], r["dtype"]): r for r in rows if r["route"] == "qr"}
     failed = []
     for row in (r for r in rows if r["route"] == "auto"):
-        wide = row["dtype"] == "float64"
-        limits = {
-            "O": 1e-12 if wide else 2e-6 if row["ordinary"] else np.inf,
-            "orthogonality": 1e-5,
-        }
-        if wide:
-            limits |= dict.fromkeys(("dQ", "dK", "dV", "dalpha"), 1e-10)
-        for q, limit in limits.items():
+        for q, limit in LIMITS[row["dtype"]].items():
             if not row[q] <= limit:
                 failed.append(f"{row['class']}, {row['dtype']}: {q} {row[q]:.1e} > {limit:.0e}")
-        if not wide:
-            other = qr[row["class"], row["dtype"]]
-            for q in QUANTITIES[:-1]:
-                if not row[q] <= 10 * max(other[q], np.finfo(np.float32).eps):
-                    failed.append(f"{row['class']}, float32: {q} {row[q]:.1e}, qr {other[q]:.1e}")
     print("\n".join(["auto misses:", *failed]) if failed else "auto meets every target")
     return failed
 
@@ -214,7 +205,7 @@ def draw(rows, path):
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     figure.savefig(path, dpi=110)
 
 
@@ -235,9 +226,7 @@ def main():
     failed = report(rows)
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / "accuracy.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(
-            file, ("class", "ordinary", "dtype", "norm_S", "route", *QUANTITIES)
-        )
+        writer = csv.DictWriter(file, ("class", "dtype", "norm_S", "route", *QUANTITIES))
         writer.writeheader()
         writer.writerows(
             {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows

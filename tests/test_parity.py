@@ -116,6 +116,21 @@ def test_a_training_step_moves_nothing_and_never_waits(run):
                 run.train_step()  # else DeviceSynchronized
 
 
+@pytest.mark.parametrize("dtype, most", [(np.float32, 30), (np.float64, 50)])
+def test_on_a_device_long_sequences_need_little_more_arithmetic_than_the_gram_route(
+    dtype, most, rng
+):
+    N, d_v = 8192, 16
+    Q, K, V, dO = (refusing.asarray(a) for a in rng.standard_normal((4, 1, N, d_v)).astype(dtype))
+    alpha = refusing.asarray(np.full((1, 1), 0.001, dtype))
+    before = dict(refusing.operations)
+    O, saved = osa.osa_forward(Q, K, V, alpha)
+    osa.osa_backward(dO, saved)
+    # The gram route's products with N in them take 23 · 2 N d_v², see benchmarks/gpu.py.
+    assert refusing.operations["flops"] - before["flops"] < most * 2 * N * d_v**2
+    assert refusing.operations["count"] - before["count"] < 280  # kernels
+
+
 def test_the_optimizers_take_no_more_operations_for_more_parameters(rng):
     counts = []
     for copies in (1, 20):
