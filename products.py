@@ -16,6 +16,8 @@ from autograd import array_module
 SQUARINGS = 12
 # Rows of the blocks in which a GPU takes a sum over tokens: this number to twice of it.
 ROWS = 1024
+# The numbers 1 and 0, which cuBLAS reads at their addresses.
+ONE_ZERO = {np.dtype(t): np.array([1, 0], t) for t in (np.float32, np.float64)}
 
 
 def _T(M):
@@ -23,28 +25,31 @@ def _T(M):
 
 
 def product(A, B, out=None):
-    """A @ B (..., n, m) for A (..., n, k) and B (..., k, m) of one dtype.
+    """A @ B (..., n, m) for A (..., n, k) and B (..., k, m).
 
     On a GPU by cuBLAS directly: CuPy's own batched product first copies whatever is not
     contiguous, a transpose, a slice, an `out`, and on long sequences the copies take as long as
     the product.  Here only what BLAS cannot describe is copied.
     """
     xp, (n, k), m = array_module(A, B), A.shape[-2:], B.shape[-1]
-    if xp is np or max(A.ndim, B.ndim) == 2:
+    if xp is np or max(A.ndim, B.ndim) == 2 or A.dtype != B.dtype or A.dtype not in ONE_ZERO:
         return xp.matmul(A, B, out=out)
-    batch = np.broadcast_shapes(A.shape[:-2], B.shape[:-2])
-    C = out
-    if out is None or (_layout(out) or [1])[0]:  # cuBLAS cannot write there
-        C = xp.empty((*batch, n, m), A.dtype)
-    A, B = (xp.broadcast_to(M, (*batch, *M.shape[-2:])) for M in (A, B))
+    if A.shape[:-2] != B.shape[:-2]:
+        batch = np.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+        A, B = (xp.broadcast_to(M, (*batch, *M.shape[-2:])) for M in (A, B))
+    C, c = out, None if out is None else _layout(out)
+    if c is None or c[0]:  # cuBLAS writes row by row
+        C, c = xp.empty((*A.shape[:-1], m), A.dtype), (0, m, n * m)
     A, B = (M if _layout(M) else xp.ascontiguousarray(M) for M in (A, B))
-    (by_column_A, *a), (by_column_B, *b), (_, *c) = map(_layout, (A, B, C))
-    gemm = "sgemmStridedBatched" if A.dtype == np.float32 else "dgemmStridedBatched"
-    one, zero = np.ones((), A.dtype), np.zeros((), A.dtype)
+    (by_column_A, *a), (by_column_B, *b) = _layout(A), _layout(B)
+    gemm = xp.cuda.cublas
+    gemm = gemm.sgemmStridedBatched if A.itemsize == 4 else gemm.dgemmStridedBatched
+    one = ONE_ZERO[A.dtype].ctypes.data
     # cuBLAS counts by columns, so what it sees are the transposes: Cᵀ = BᵀAᵀ.
-    getattr(xp.cuda.cublas, gemm)(
-        xp.cuda.device.get_cublas_handle(), by_column_B, by_column_A, m, n, k, one.ctypes.data,
-        B.data.ptr, *b, A.data.ptr, *a, zero.ctypes.data, C.data.ptr, *c, math.prod(batch),
+    gemm(
+        xp.cuda.device.get_cublas_handle(), by_column_B, by_column_A, m, n, k, one,
+        B.data.ptr, *b, A.data.ptr, *a, one + A.itemsize, C.data.ptr, *c[1:],
+        math.prod(A.shape[:-2]),
     )  # fmt: skip
     if out is not None and C is not out:
         out[...] = C

@@ -203,6 +203,15 @@ def test_products_of_transposes_and_slices_are_one_kernel_each(rng):
         assert refusing.operations["count"] - before == 1 + (c != "transposed"), (a, b, c)
 
 
+def test_products_of_two_dtypes_are_those_of_the_wider(rng, device):
+    A, B = rng.standard_normal((2, 3, 5, 5))
+    for dtypes in ((np.float32, np.float64), (np.float64, np.float32), (np.int64, np.int64)):
+        a, b = (M.astype(dtype) for M, dtype in zip((A, B), dtypes))
+        got = products.product(device.asarray(a), device.asarray(b)).get()
+        assert got.dtype == (a @ b).dtype
+        np.testing.assert_allclose(got, a @ b, rtol=0, atol=16 * 5 * EPS[np.float64])
+
+
 @pytest.mark.parametrize("N", [7, 12, 24, 37, 48])
 def test_a_tall_product_in_blocks_is_the_product(N, rng, device, monkeypatch):
     monkeypatch.setattr(products, "ROWS", 4)
