@@ -8,7 +8,7 @@ BIN := .venv/bin
 RUFF := ruff==0.17.5
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test notebooks experiments figures bench accuracy gpu lint class-kit clean
+.PHONY: help setup train test notebooks experiments figures bench accuracy gpu card lint class-kit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -40,13 +40,16 @@ bench: .venv/bench.stamp .venv/mpi.stamp  ## measure speed and memory beside PyT
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 	$(BIN)/python benchmarks/ranks.py
 
-accuracy: .venv/bench.stamp  ## measure rounding errors against a float64 reference
+accuracy: .venv/setup.stamp  ## measure rounding errors against a float64 reference
 	$(BIN)/python benchmarks/accuracy.py $(ARGS)
 
-gpu: .venv/cuda$(CUDA).stamp  ## on an NVIDIA card: test, compare with the CPU, measure; CUDA=13 for CuPy for CUDA 13
+gpu: card .venv/cuda$(CUDA).stamp  ## on an NVIDIA card: test, compare with the CPU, measure; CUDA=13 for CuPy for CUDA 13
 	$(BIN)/python -W ignore benchmarks/gpu.py --check
 	$(BIN)/python -m pytest -k "cupy or parity" $(ARGS)
 	$(BIN)/python -W ignore benchmarks/gpu.py
+
+card:
+	@nvidia-smi > /dev/null || { echo 'make gpu: nvidia-smi finds no NVIDIA card or driver'; exit 2; }
 
 lint: .venv/lint.stamp  ## check style and format with ruff
 	$(BIN)/ruff check .

@@ -76,8 +76,9 @@ def find_device(name="auto"):
         why = "CuPy is not installed" if isinstance(error, ImportError) else _one_line(error)
     if name == "cuda":
         raise RuntimeError(
-            f"--device cuda: no GPU can be used ({why}); install CuPy with "
-            "'pip install -r requirements-cuda12.txt' (or -cuda13.txt), or use --device cpu"
+            f"--device cuda: no GPU can be used ({why}); look at nvidia-smi for a card and its "
+            "driver, install CuPy with 'pip install -r requirements-cuda12.txt' (or -cuda13.txt), "
+            "or use --device cpu"
         )
     return np, f"cpu: no GPU can be used ({why})"
 

@@ -87,11 +87,14 @@ def skew_eigh(S):
     if S.shape[-1] != S.shape[-2]:
         raise ValueError(f"S must be square, got shape {S.shape}")
     _check_finite("S", S)
-    rounding = 8 * S.shape[-1] * float(np.finfo(S.dtype).eps)
-    if array_module(S) is np and S.size and abs(S + _T(S)).max() > rounding * abs(S).max():
+    rounding = S.shape[-1] * float(np.finfo(S.dtype).eps)
+    if array_module(S) is np and S.size and abs(S + _T(S)).max() > 8 * rounding * abs(S).max():
         raise ValueError("S is not skew-symmetric")
-    lam, U = array_module(S).linalg.eigh(1j * S)
-    return (lam - lam[..., ::-1]) / 2, U  # ±θ exactly in pairs, so that exp(S) is real at any ‖S‖
+    xp = array_module(S)
+    lam, U = xp.linalg.eigh(1j * S)
+    lam = (lam - lam[..., ::-1]) / 2  # ±θ exactly in pairs
+    # Vectors of λ = 0 come in no pairs; where rounding makes it ±eps ‖S‖ exp(S) would not be real.
+    return xp.where(abs(lam) <= rounding * abs(lam[..., -1:]), 0, lam), U
 
 
 def _H(U):
@@ -283,8 +286,8 @@ def orthonormal_basis(M, method="qr", steps=None):
 GRAM_LIMIT = 8.0
 # ‖S‖: above it the small exponential is spectral, with cost and accuracy independent of ‖S‖.
 RHO_MAX = 64.0
-# Rows of [P, V, dO] taken at a time where they have to be copied.
-ROWS = 1024
+# Rows of [P, V, dO] taken at a time on a CPU, where they have to be copied.
+CACHE_ROWS = 1024
 
 
 class Saved(NamedTuple):
@@ -298,7 +301,7 @@ class Saved(NamedTuple):
     R: object = None  # basis routes: BᵀP (..., k, r)
     U: object = None  # basis routes: R J Rᵀ = S̃/s (..., k, k)
     b: object = None  # basis routes: BᵀV (..., k, m)
-    rho: float = None  # basis routes: a bound of ‖S‖₂, the same for all of the batch
+    rho: float = None  # basis routes but "products": a bound of ‖S‖₂, the same for all of the batch
     G: object = None  # gram route: PᵀP (..., r, r)
     Jy: object = None  # gram route: J φ₁(sGJ) PᵀV (..., r, m)
 
@@ -342,7 +345,8 @@ def osa_backward(dO, saved):
 
     dalpha has the shape of alpha.  No step differentiates a QR or a Newton–Schulz iteration:
     exp(S) depends on Q and K through S alone, so the choice of basis has no gradient.
-    Raises ValueError for a dO of the wrong shape or dtype.
+    Raises ValueError for a dO of the wrong shape or dtype, FloatingPointError where a product
+    overflows.
     """
     alpha, V, joint = saved
     array_module(dO, V)  # TypeError for what is no array, or one of another device
@@ -390,6 +394,7 @@ def backward_joint(dO, saved):
 
 
 def _forward(F, s, d_v, route):
+    """One part of the batch: gram if asked for or harmless, else a basis (B, R), or B = I."""
     xp, N, r = array_module(F), F.shape[-2], 2 * d_v
     if route == "auto" and xp is not np:
         route = "products"
@@ -412,8 +417,9 @@ def _forward(F, s, d_v, route):
                         raise
     B = R = None  # B = I
     tall = route in ("auto", "products") and N > r
-    if tall and F.dtype == np.float32 and double_is_fast(xp):
-        B, R = double_basis(F[..., :r])
+    if route in ("auto", "products") and F.dtype == np.float32 and double_is_fast(xp):
+        P = F[..., :r]
+        B, R = double_basis(P) if tall else (None, P.astype(np.float64))
     elif tall and route == "products":
         B, R = cholesky_basis(F[..., :r])
     elif route == "newton_schulz":  # a K that is small beside Q takes no more steps
@@ -507,9 +513,13 @@ def _inner(A, B):
 
 
 def _basis_forward(F, B, R, s, d_v, route):
+    """O = V + B (exp(S̃) − I) b with S̃ = BᵀSB = s R J Rᵀ, R = BᵀP, b = BᵀV.
+
+    B = None stands for I; R = None is computed here, in one product with b.
+    """
     r, V = 2 * d_v, F[..., 2 * d_v :]
     if R is not None:
-        b = tall_product(B, V)
+        b = V if B is None else tall_product(B, V)
     else:
         BtF = F if B is None else tall_product(B, F)  # (k, N) x (N, r + m) -> [R, b]
         R, b = BtF[..., :r], BtF[..., r:]
@@ -543,27 +553,28 @@ def _unscaled_scores(R):
 
 def _basis_backward(dO, saved, dF, ds):
     """With S̃ = BᵀSB, b = BᵀV, g = BᵀdO, L = L(S̃ᵀ, g bᵀ), u = φ₁(S̃)b, w = φ₁(S̃)ᵀg, the gradient
-    Ŝ of S enters only through H = (Ŝ − Ŝᵀ)B, and P through R = BᵀP (P = B R):
+    Ŝ (N × N, never formed) of S enters only through H = (Ŝ − Ŝᵀ)B, and P through R = BᵀP (P = B R):
         H = B (L − Lᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
         dP = −s H R J,   dV = dO + B (exp(S̃)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩."""
     F, s, d_v, B, small, b = saved.F, saved.s, saved.d_v, saved.B, saved.small, saved.b
     xp, r, w, k, m = array_module(F), 2 * d_v, F.shape[-1], saved.U.shape[-1], dO.shape[-1]
-    sRJ = -s * _times_J(saved.R)  # s first: it may be what keeps the rest from overflowing
+    minus_sRJ = -s * _times_J(saved.R)  # s first: it may keep the rest from overflowing
     with np.errstate(over="ignore", invalid="ignore"):
         g = dO if B is None else tall_product(B, dO)
         expSt_g, L = small.adjoint(g)
         ds[...] = _inner(L, saved.U)
         if B is None:
-            dF[..., :r], dF[..., r:] = product(L - _T(L), sRJ), expSt_g
+            dF[..., :r], dF[..., r:] = product(L - _T(L), minus_sRJ), expSt_g
         else:
             # φ₁(−S̃) = φ₁(S̃) exp(−S̃) makes u and w one product.
             uw = small.phi1(xp.concatenate([b, expSt_g], axis=-1))
             ut, wt = _T(uw[..., :m]), _T(uw[..., m:])
+            # [dP, dV] = [B, V, dO] X
             X = xp.zeros((*F.shape[:-2], k + 2 * m, w), F.dtype)
-            X[..., :k, :r] = product(L - _T(L) - product(g, ut) + product(b, wt), sRJ)
+            X[..., :k, :r] = product(L - _T(L) - product(g, ut) + product(b, wt), minus_sRJ)
             X[..., :k, r:] = expSt_g - g
-            X[..., k : k + m, :r] = product(wt, -sRJ)
-            X[..., k + m :, :r] = product(ut, sRJ)
+            X[..., k : k + m, :r] = -product(wt, minus_sRJ)
+            X[..., k + m :, :r] = product(ut, minus_sRJ)
             X[..., k + m :, r:] = xp.eye(m, dtype=F.dtype)
             _rows_times((B, F[..., r:], dO), X, dF)
     if saved.rho is not None:  # route "products" goes on with NaN
@@ -571,9 +582,9 @@ def _basis_backward(dO, saved, dF, ds):
 
 
 def _rows_times(parts, X, out):
-    """[parts side by side] X as one product, in blocks of rows that stay in the cache."""
+    """out = [parts side by side] X; on a CPU in blocks of rows that stay in the cache."""
     xp, N = array_module(X), out.shape[-2]
-    size = ROWS if xp is np else N
+    size = CACHE_ROWS if xp is np else N
     for i in range(0, N, size):
         rows = (..., slice(i, i + size), slice(None))
         product(xp.concatenate([p[rows] for p in parts], axis=-1), X, out=out[rows])

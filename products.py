@@ -3,6 +3,7 @@
 Choosing a series by ‖S‖, or QR where rounding demands it, the host has to wait for the device.
 Here every matrix gets what it needs on the device itself: k squarings of its own for exp, and a
 basis by Cholesky factors of r × r matrices.  What cannot be done right is NaN, not a wrong number.
+Route "auto" on a CPU uses `double_basis` too.
 """
 
 import functools
@@ -14,7 +15,7 @@ from autograd import array_module
 
 # Squarings that can be done: ‖S‖₂ may be 1000 for r ≤ 512, and 2 ** SQUARINGS at most.
 SQUARINGS = 12
-# Rows of the blocks in which a GPU takes a sum over tokens: this number to twice of it.
+# A GPU sums over tokens in blocks of ROWS to 2 ROWS rows, where N has such a divisor.
 ROWS = 1024
 # The numbers 1 and 0, which cuBLAS reads at their addresses.
 ONE_ZERO = {np.dtype(t): np.array([1, 0], t) for t in (np.float32, np.float64)}
@@ -110,7 +111,8 @@ def double_basis(P):
 
     B = P T with TᵀPᵀP T = I, T by a Cholesky factor in float64: there the squares of float32
     neither overflow nor underflow, and s R J Rᵀ is right also where nearly all of it cancels, as
-    for K ≈ Q.
+    for K ≈ Q.  R = TᵀPᵀP is taken before B is rounded to float32, which keeps those digits.  Where
+    P is rank-deficient to rounding some columns of B are shorter than 1; S vanishes there.
     """
     array_module(P)  # TypeError for what is no array
     if P.dtype != np.float32 or P.ndim < 2:
@@ -123,10 +125,11 @@ def double_basis(P):
 
 
 def cholesky_basis(P):
-    """As `double_basis`, but all in the dtype of P.
+    """As `double_basis`, but all in the dtype of P, so that it is about as accurate as QR.
 
-    B ← B L⁻ᵀ with L Lᵀ = BᵀB + δI makes those singular values 1 that are well above √δ, and three
-    times those of P down to its rounding (shifted Cholesky QR, arXiv 1809.11085).
+    One pass, B ← B L⁻ᵀ with L Lᵀ = BᵀB + δI, brings to 1 the singular values well above √δ and
+    enlarges the others by about 1/√δ.  Three passes reach all that are above rounding (shifted
+    Cholesky QR, arXiv 1809.11085).
     """
     size = column_size(P)
     N, P = P.shape[-2], P / size  # columns of norm 1 … √N, or 0
@@ -139,19 +142,20 @@ def cholesky_basis(P):
 
 
 def _whitening(G, N):
-    """T with TᵀGT = I for G = PᵀP (..., r, r), P (..., N, r), but for singular values below √δ.
+    """T with TᵀGT = I for G = PᵀP (..., r, r), P (..., N, r); where singular values of P are below
+    √δ, columns of P T stay shorter than 1.  For G in float64 and P in float32 that is below P's
+    own rounding; `cholesky_basis` mends it by two more passes.
 
-    Along these S vanishes to rounding, so there the basis P T need not be orthonormal.
-
-    The columns of P are scaled to norm 1 and rotated at random.  A direction in which P is small
-    then comes last in L; elsewhere the columns after it would take up its rounding error, eps/√δ,
-    and with them the span of P T.  Of two rotations each matrix takes the better.
+    The columns of P are scaled to norm 1 and mixed by a random rotation, so that a direction in
+    which P is small comes last in L.  Otherwise the columns after it would take up its rounding
+    error, eps/√δ, and with them the span of P T.  Of two rotations each matrix takes the better.
     """
     xp = array_module(G)
     squares = _diagonal(G)
     W = _rotations(xp, G.shape[-1], G.dtype, G.ndim) / xp.sqrt(_T(squares + (squares == 0)))
     T, L = _inverse_factor(product(_T(W), product(G, W)), N)
     T = product(W, T)  # (2, ..., r, r)
+    # P W = B Lᵀ, and column j of B has an error of eps ‖t_j‖: |L| ‖t‖ bounds that of the span.
     norms = xp.sqrt((T * T).sum(axis=-2, keepdims=True))
     growth = product(abs(L), _T(norms)).max(axis=-2, keepdims=True)
     return xp.where(growth[0] < growth[1], T[0], T[1])
@@ -172,14 +176,14 @@ def _inverse_factor(G, N):
 
 
 def _refined(T, G):
-    """T (3I − TᵀGT)/2: a step of Newton–Schulz, which squares what δ leaves of TᵀGT − I."""
+    """T (3I − TᵀGT)/2, a step of Newton–Schulz: an error e of TᵀGT − I becomes about e²."""
     I = array_module(G).eye(G.shape[-1], dtype=G.dtype)
     return product(T, 1.5 * I - 0.5 * product(_T(T), product(G, T)))
 
 
 def _checked(R, G, N, dtype):
-    """R = BᵀP, or NaN unless ‖Bᵀp‖² = ‖p‖² for all columns p of P, G = PᵀP, as B of the dtype has
-    it: a factorisation that fails does so without a word in CuPy."""
+    """R = BᵀP, or NaN where a factorisation failed, which CuPy does not report: B must keep the norm
+    of every column p of P, ‖Bᵀp‖² = ‖p‖² (the diagonal of G = PᵀP), to rounding in B's dtype."""
     squares = _diagonal(G)
     wrong = abs((R * R).sum(axis=-2, keepdims=True) - squares) / (squares + (squares == 0))
     right = wrong.max(axis=-1, keepdims=True) <= np.finfo(dtype).eps * (100 + 4 * math.sqrt(N))
@@ -209,9 +213,10 @@ class Products:
     With X = S/2ᵏ, ‖X‖₂ ≤ 1, Taylor's polynomial is enough; then k times, from X to 2X,
         exp(2X) = exp(X)²,   φ₁(2X) = ½ (exp(X) + I) φ₁(X),
         L(2X, E) = ½ (exp(X) L(X, E) + L(X, E) exp(X)),   the derivative of exp in the direction E.
+    Each squaring doubles the error, which so grows as eps ‖S‖₂; beyond SQUARINGS of them: NaN.
     """
 
-    def __init__(self, S, W, rho=None):
+    def __init__(self, S, W):
         xp, self.W = array_module(S, W), W
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             S2 = product(S, S)
@@ -243,7 +248,8 @@ class Products:
         D[..., :n, n:] = product(G, _T(self.W))
         # L(X, E) is the upper right quarter of exp([[X, E], [0, X]]).
         L = _polynomial(D, 0)[..., :n, n:]
-        # [½F, L] [L; ½F] is one product where ½F stands on the diagonal and L in that quarter.
+        # From L(X, E) to L(S, E).  [½F, L] [L; ½F] is one product where ½F stands on the diagonal
+        # and L in that quarter; where no doubling is due F = I, and ½L + ½L = L.
         D = xp.empty((SQUARINGS + 1, *D.shape), X.dtype)
         D[:-1, ..., :n, :n] = D[:-1, ..., n:, n:] = _T(self.F) / 2
         D[0, ..., :n, n:] = L
@@ -253,7 +259,9 @@ class Products:
 
 
 def _polynomial(X, p):
-    """Taylor's of exp(X), p = 0, or φ₁(X), p = 1, for ‖X‖₂ ≤ 1, as one in X⁴."""
+    """Taylor's polynomial of exp(X), p = 0, or φ₁(X), p = 1, for ‖X‖₂ ≤ 1, by Horner's rule in X⁴
+    with cubic coefficients (Paterson and Stockmeyer).  In a block-triangular X the corner may be of
+    any size: the result is linear in it."""
     xp = array_module(X)
     powers = xp.empty((4, *X.shape), X.dtype)
     powers[0], powers[1] = xp.eye(X.shape[-1], dtype=X.dtype), X

@@ -141,7 +141,8 @@ def parse(arguments):
     for field in dataclasses.fields(Config):
         option = "--" + field.name.replace("_", "-")
         if field.type is bool:
-            parser.add_argument(option, action="store_true", default=None)
+            what = {"skip": "skip connections", "norm": "layer normalisation"}[field.name]
+            parser.add_argument(option, action="store_true", default=None, help=what)
         else:
             convert = one_of(field.name) if field.name in CHOICES else field.type
             parser.add_argument(option, type=convert, metavar=field.type.__name__.upper(),

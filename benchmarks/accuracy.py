@@ -4,18 +4,21 @@
 
 Against exp(S) V and its gradients by the dense definition in float64, on the same (already
 rounded) inputs; the reference itself is held against a Taylor series in extended precision.
-Errors are relative, in the Frobenius norm, and divided by max(1, ‖S‖₂); orthogonality is
-max |AᵀA − I|.
+Errors are relative, in the Frobenius norm, and divided by max(1, ‖S‖₂); that of dα, a sum in which
+nearly everything may cancel, is relative to ‖S/α‖ ‖V‖ ‖dO‖.  Orthogonality is max |AᵀA − I|.
 """
 
 import argparse
 import csv
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # many small matrices
 
 import numpy as np  # noqa: E402
 from machine import about  # noqa: E402
@@ -71,6 +74,10 @@ def input_classes(rng, N=96, d_v=8, batch=4):
     U = np.linalg.qr(normal(batch, N, 2 * d_v))[0]
     yield "repeated angles", U[..., :d_v], U[..., d_v:], V, 2.0
     yield "N < 2 d_v", *tokens(2 * d_v - 5), 0.3
+    few_Q, few_K, few_V = (a[:, : 2 * d_v - 5] for a in (Q, K, V))
+    yield "N < 2 d_v, K = Q + 1e-3 noise", few_Q, few_Q + 1e-3 * few_K, few_V, 20.0
+    far = (few_Q + 1000 * normal(batch, 1, d_v), few_K + 1000 * normal(batch, 1, d_v))
+    yield "N < 2 d_v, common component 1000 times", *far, few_V, 1e-3
     yield "N = 1", *tokens(1), 0.3
     for scale in (1e-10, 1e10):
         yield f"Q, K, V times {scale:g}", Q * scale, K * scale, V * scale, 0.1
@@ -130,7 +137,8 @@ def measure(seed=0):
             s = exact_alpha / np.sqrt(q.shape[-1])
             natural = {"O": size[2], "dV": size[3], "dQ": s * size[1] * size[2] * size[3],
                        "dK": s * size[0] * size[2] * size[3],
-                       "dalpha": size[0] * size[1] * size[2] * size[3]}  # fmt: skip
+                       "dalpha": np.linalg.norm(skew_scores(*exact[:2], 1.0)) * size[2] * size[3]
+                       }  # fmt: skip
             row = {"class": name, "dtype": dtype.__name__, "norm_S": norm}
             if dtype is np.float64 and norm < 1e3:
                 truth = extended_exp(S[0]) @ exact[2][0]
@@ -142,7 +150,10 @@ def measure(seed=0):
                 got = all_results(q, k, v, dtype(alpha), g, route)
                 A = attention_matrix(q, k, dtype(alpha), route)
                 I = np.eye(A.shape[-1], dtype=dtype)
-                errors = {x: relative(got[x], want[x], natural[x]) / max(1, norm) for x in got}
+                errors = {x: relative(got[x], want[x], natural[x]) for x in got}
+                errors["dalpha"] = float(abs(got["dalpha"] - want["dalpha"]))
+                errors["dalpha"] /= max(natural["dalpha"], 1e-300)
+                errors = {x: error / max(1, norm) for x, error in errors.items()}
                 orthogonality = float(abs(A.swapaxes(-1, -2) @ A - I).max())
                 rows.append({**row, "route": route, **errors, "orthogonality": orthogonality})
     return rows
@@ -152,7 +163,7 @@ QUANTITIES = ("O", "dQ", "dK", "dV", "dalpha", "orthogonality")
 # For route "auto", in every class.
 LIMITS = {
     "float64": dict(zip(QUANTITIES, (1e-13, 1e-12, 1e-12, 1e-13, 1e-11, 1e-14))),
-    "float32": dict(zip(QUANTITIES, (2e-7, 1e-6, 1e-6, 2e-7, 1e-5, 5e-6))),
+    "float32": dict(zip(QUANTITIES, (2e-7, 1e-6, 1e-6, 2e-7, 5e-6, 2e-6))),
 }
 
 
@@ -174,8 +185,10 @@ def report(rows):
     return failed
 
 
-def draw(rows, path):
-    """Error of O per class for every route; left float32, right float64."""
+def draw():
+    """Error of O per class for every route, from the csv; left float32, right float64."""
+    with open(RESULTS / "accuracy.csv", newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["route"] != "reference"]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,7 +219,7 @@ def draw(rows, path):
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
-    figure.savefig(path, dpi=110)
+    figure.savefig(RESULTS / "accuracy.png", dpi=110)
 
 
 def main():
@@ -217,9 +230,7 @@ def main():
     parser.add_argument("--draw", action="store_true", help="the figure from committed results")
     args = parser.parse_args()
     if args.draw:
-        with open(RESULTS / "accuracy.csv", newline="", encoding="utf-8") as file:
-            draw([r for r in csv.DictReader(file) if r["route"] != "reference"],
-                 RESULTS / "accuracy.png")  # fmt: skip
+        draw()
         return 0
     warnings.simplefilter("error")  # a warning is a failure
     rows = measure(args.seed)
@@ -235,7 +246,7 @@ def main():
         {"seed": args.seed, "missed": failed, **about()}, indent=2, ensure_ascii=False
     )
     (RESULTS / "accuracy.json").write_text(text + "\n", encoding="utf-8")
-    draw(rows, RESULTS / "accuracy.png")
+    draw()
     return 1 if failed else 0
 
 

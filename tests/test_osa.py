@@ -434,6 +434,17 @@ def phi1(S):
     return expm_one_by_one(np.block([[S, I], [0 * S, 0 * S]]))[..., :n, n:]
 
 
+@each_dtype
+@pytest.mark.parametrize("size", [1, 1e6, 1e12, 1e15])
+def test_the_dense_definition_is_orthogonal_at_any_norm(size, dtype, rng, xp):
+    """Most eigenvalues of S are 0, and rounding moves them by eps ‖S‖."""
+    Q, K = rng.standard_normal((2, 40, 2)).astype(dtype)
+    alpha = float(size / norm_S(Q, K, 1.0))
+    A = osa.exp_skew(osa.skew_scores(xp.asarray(Q), xp.asarray(K), alpha))
+    A = ag.to_cpu(A).astype(float)
+    close(A.T @ A, np.eye(40), 8 * 40 * np.finfo(dtype).eps)
+
+
 SMALL = {
     "Chebyshev": osa.Chebyshev,
     "ChebyshevMatrix": osa.ChebyshevMatrix,
@@ -525,7 +536,7 @@ def nearly_equal(rng, N, d):
 
 
 @pytest.mark.parametrize("tokens", [parallel_tokens, nearly_equal])
-@pytest.mark.parametrize("N, d", [(24, 4), (60, 8)])
+@pytest.mark.parametrize("N, d", [(24, 4), (60, 8), (12, 8)])
 @each_dtype
 def test_auto_stays_accurate_for_parallel_tokens_and_for_K_near_Q(tokens, N, d, dtype, rng, xp):
     Q, K = cast(dtype, *tokens(rng, N, d))
