@@ -12,6 +12,7 @@ initialisation, layer, network.  `...` are any batch dimensions, for instance (b
 All functions above "Layer" take and return plain arrays and use no automatic differentiation.
 """
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -418,8 +419,13 @@ def _forward(F, s, d_v, route):
     B = R = None  # B = I
     tall = route in ("auto", "products") and N > r
     if route in ("auto", "products") and F.dtype == np.float32 and double_is_fast(xp):
-        P = F[..., :r]
-        B, R = double_basis(P) if tall else (None, P.astype(np.float64))
+        if not tall:
+            R = F[..., :r].astype(np.float64)
+        else:
+            with contextlib.suppress(np.linalg.LinAlgError):  # CuPy gives NaN instead
+                B, R = double_basis(F[..., :r])
+            if xp is np and (B is None or not np.isfinite(R).all()):
+                B, R = orthonormal_basis(F[..., :r], "qr"), None
     elif tall and route == "products":
         B, R = cholesky_basis(F[..., :r])
     elif route == "newton_schulz":  # a K that is small beside Q takes no more steps
@@ -453,6 +459,7 @@ def _gram_norms(P, G, s, d_v):
         rows = xp.einsum("...ij,...ij->...i", A, A)  # ‖q_i‖² (..., N)
         mean = xp.maximum(rows.mean(axis=-1), float(np.finfo(A.dtype).tiny))
         row_sums = abs(AtA).sum(axis=-1).max(axis=-1)
+        row_sums += A.shape[-2] * float(np.finfo(A.dtype).tiny)  # what may have underflowed
         return s * row_sums * xp.maximum(rows.max(axis=-1) / (4 * mean), 1)
 
     rho2 = s * s * (_inner(QQ, KK) - _inner(QK, _T(QK)))[..., 0, 0]
@@ -479,10 +486,11 @@ def _gram_forward(F, M, s, d_v, rho):
         Z = s * _times_J(G)
         small = Chebyshev(Z, W, _sharper_bound(Z, rho), _phi1)  # y = φ₁(sGJ) W
         Jy = _J_times(small.value)
-    _refuse_overflow("Q, K and V", Jy)
+        sJy = s * Jy
+    _refuse_overflow("Q, K and V", Jy, sJy)
     # O = V + P sJy as one product, [P, V] [sJy; I]: adding V is a pass over memory otherwise.
     X = xp.empty((*F.shape[:-2], F.shape[-1], F.shape[-1] - r), F.dtype)
-    X[..., :r, :] = s * Jy
+    X[..., :r, :] = sJy
     X[..., r:, :] = xp.eye(X.shape[-1], dtype=F.dtype)
     return product(F, X), Saved(F, s, d_v, small, G=G, Jy=Jy)
 

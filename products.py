@@ -109,19 +109,21 @@ def double_basis(P):
     """B (..., N, r) that serves as orthonormal basis of P (..., N, r), r ≤ N, in Theorem 2.1, both
     in float32, and R = BᵀP (..., r, r) in float64.
 
-    B = P T with TᵀPᵀP T = I, T by a Cholesky factor in float64: there the squares of float32
-    neither overflow nor underflow, and s R J Rᵀ is right also where nearly all of it cancels, as
-    for K ≈ Q.  R = TᵀPᵀP is taken before B is rounded to float32, which keeps those digits.  Where
-    P is rank-deficient to rounding some columns of B are shorter than 1; S vanishes there.
+    B = P T with TᵀPᵀP T = I, T by Cholesky factors in float64: there the squares of float32 neither
+    overflow nor underflow, and s R J Rᵀ is right also where nearly all of it cancels, as for K ≈ Q.
+    R is taken before B is rounded to float32, which keeps those digits.  One factor reaches the
+    singular values of P down to about 1e-6 of the largest, the second all that float32 can tell
+    from 0; along the rest columns of B may be shorter than 1, and S vanishes.
     """
     array_module(P)  # TypeError for what is no array
     if P.dtype != np.float32 or P.ndim < 2:
         raise TypeError(f"P must be an array (..., N, r) of float32, got {P.dtype} {P.shape}")
     N, P = P.shape[-2], P.astype(np.float64)
-    G = tall_product(P, P)
-    T = _refined(_whitening(G, N), G)
-    B = product(P, T).astype(np.float32)
-    return B, _checked(product(_T(T), G), G, N, B.dtype)
+    first = tall_product(P, P)
+    B = product(P, _whitening(first, N))
+    G = tall_product(B, B)
+    B = product(B, _refined(_inverse_factor(G, N)[0], G))
+    return B.astype(np.float32), _checked(tall_product(B, P), first, N, np.float32)
 
 
 def cholesky_basis(P):
@@ -129,13 +131,14 @@ def cholesky_basis(P):
 
     One pass, B ← B L⁻ᵀ with L Lᵀ = BᵀB + δI, brings to 1 the singular values well above √δ and
     enlarges the others by about 1/√δ.  Three passes reach all that are above rounding (shifted
-    Cholesky QR, arXiv 1809.11085).
+    Cholesky QR, arXiv 1809.11085), a fourth helps where they fade into it gradually.
     """
     size = column_size(P)
     N, P = P.shape[-2], P / size  # columns of norm 1 … √N, or 0
-    G = first = tall_product(P, P)
-    B = product(P, _whitening(G, N))
-    B = product(B, _inverse_factor(tall_product(B, B), N)[0])
+    first = tall_product(P, P)
+    B = product(P, _whitening(first, N))
+    for _ in range(2):
+        B = product(B, _inverse_factor(tall_product(B, B), N)[0])
     G = tall_product(B, B)
     B = product(B, _refined(_inverse_factor(G, N)[0], G))
     return B, size * _checked(tall_product(B, P), first, N, B.dtype)
@@ -153,7 +156,9 @@ def _whitening(G, N):
     xp = array_module(G)
     squares = _diagonal(G)
     W = _rotations(xp, G.shape[-1], G.dtype, G.ndim) / xp.sqrt(_T(squares + (squares == 0)))
-    T, L = _inverse_factor(product(_T(W), product(G, W)), N)
+    G = product(_T(W), product(G, W))
+    # Equal tokens round alike: their error goes with the largest entry, which rotation may make r.
+    T, L = _inverse_factor(G, N, 4 * xp.maximum(_diagonal(G).max(axis=-1, keepdims=True), 1))
     T = product(W, T)  # (2, ..., r, r)
     # P W = B Lᵀ, and column j of B has an error of eps ‖t_j‖: |L| ‖t‖ bounds that of the span.
     norms = xp.sqrt((T * T).sum(axis=-2, keepdims=True))
@@ -166,11 +171,11 @@ def _diagonal(G):
     return G.diagonal(0, -2, -1)[..., None, :]
 
 
-def _inverse_factor(G, N):
+def _inverse_factor(G, N, safety=1):
     """L⁻ᵀ and L with L Lᵀ = G + δI; δ is above the rounding error of G = BᵀB, B (..., N, r) with
     columns of norm 1."""
     xp, r = array_module(G), G.shape[-1]
-    delta = float(np.finfo(G.dtype).eps) * (4 * r + math.sqrt(N))
+    delta = safety * float(np.finfo(G.dtype).eps) * (4 * r + math.sqrt(N))
     L = xp.linalg.cholesky(G + delta * xp.eye(r, dtype=G.dtype))
     return _T(xp.linalg.inv(L)), L
 
@@ -182,11 +187,12 @@ def _refined(T, G):
 
 
 def _checked(R, G, N, dtype):
-    """R = BᵀP, or NaN where a factorisation failed, which CuPy does not report: B must keep the norm
-    of every column p of P, ‖Bᵀp‖² = ‖p‖² (the diagonal of G = PᵀP), to rounding in B's dtype."""
+    """R = BᵀP, or NaN where a factorisation failed, which CuPy does not report: B must keep the
+    norm of every column p of P, ‖Bᵀp‖² = ‖p‖² (the diagonal of G = PᵀP), to rounding in B's dtype.
+    """
     squares = _diagonal(G)
     wrong = abs((R * R).sum(axis=-2, keepdims=True) - squares) / (squares + (squares == 0))
-    right = wrong.max(axis=-1, keepdims=True) <= np.finfo(dtype).eps * (100 + 4 * math.sqrt(N))
+    right = wrong.max(axis=-1, keepdims=True) <= np.finfo(dtype).eps * (100 + N)
     return array_module(R).where(right, R, math.nan)
 
 

@@ -86,6 +86,16 @@ def input_classes(rng, N=96, d_v=8, batch=4):
     for a in padded:
         a[:, -N // 3 :] = 0
     yield "padded rows", *padded, V, 0.1
+    yield "all tokens equal", Q[:, :1] + 0 * Q, K[:, :1] + 0 * K, V, 0.1
+    giant = Q.copy(), K.copy()
+    for a in giant:
+        a[:, 5] *= 1e6
+    yield "one token 1e6 times the rest", *giant, V, 0.3
+    near = Q.astype(np.float32) + 1e-6 * K
+    alpha = 1 / float(rotation_angles(Q, near, 1.0).max())
+    yield "K = Q + 1e-6 noise, norm of S = 1", Q, near, V, alpha
+    smooth = np.vander(np.linspace(-1, 1, N), 2 * d_v)[None] * np.ones((batch, 1, 1))
+    yield "columns 1, x, x², …", smooth[..., :d_v], smooth[..., d_v:], V, 1.0
     for apart in (1e-3, 1e-7):
         near = Q.copy()
         near[..., 1] = Q[..., 0] + apart * Q[..., 1]

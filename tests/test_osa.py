@@ -535,7 +535,19 @@ def nearly_equal(rng, N, d):
     return Q, Q + 1e-3 * rng.standard_normal((N, d))
 
 
-@pytest.mark.parametrize("tokens", [parallel_tokens, nearly_equal])
+def hardly_apart(rng, N, d):
+    """K ≈ Q to all but one digit of float32."""
+    Q = rng.standard_normal((N, d)).astype(np.float32).astype(float)
+    return Q, Q + 1e-7 * rng.standard_normal((N, d))
+
+
+def powers(rng, N, d):
+    """Columns whose singular values fade into rounding: 1, x, x², …"""
+    P = np.vander(np.linspace(-1, 1, N), 2 * d)
+    return P[:, :d], P[:, d:]
+
+
+@pytest.mark.parametrize("tokens", [parallel_tokens, nearly_equal, hardly_apart, powers])
 @pytest.mark.parametrize("N, d", [(24, 4), (60, 8), (12, 8)])
 @each_dtype
 def test_auto_stays_accurate_for_parallel_tokens_and_for_K_near_Q(tokens, N, d, dtype, rng, xp):
@@ -557,6 +569,44 @@ def test_auto_stays_accurate_for_parallel_tokens_and_for_K_near_Q(tokens, N, d, 
     exact = gradients(*exact_in, dO.astype(float), "dense")
     sizes = [np.linalg.norm(e) for e in exact]
     gradients_close(osa.osa_backward(xp.asarray(dO), saved), exact, sizes, tol)
+
+
+@each_dtype
+@pytest.mark.parametrize("N, d", [(128, 16), (200, 4), (784, 16)])
+@pytest.mark.parametrize("different", [1, 2])
+def test_equal_tokens_are_no_trouble(different, N, d, dtype, rng, xp):
+    """Sums of equal terms round alike, so that PᵀP has eigenvalues well below 0."""
+    which = rng.integers(0, different, N)
+    Q, K = rng.standard_normal((2, different, d)).astype(dtype)[:, which]
+    V = rng.standard_normal((N, d)).astype(dtype)
+    for route in ("auto", "products"):
+        O, saved = osa.osa_forward(*(xp.asarray(a) for a in (Q, K, V)), 0.1, route)
+        close(O, osa.osa_dense(*cast(np.float64, Q, K, V), 0.1), tolerance(Q, K, 0.1))
+        for g in osa.osa_backward(O, saved):
+            assert np.isfinite(ag.to_cpu(g)).all()
+
+
+def test_auto_takes_qr_where_the_factorisation_is_refused(rng, monkeypatch):
+    Q, K, V = rng.standard_normal((3, 20, 3)).astype(np.float32)
+    Q, K = Q + 1000, K + 1000
+    want = osa.osa_forward(Q, K, V, 0.01, "qr")[0]
+
+    def refuse(G):
+        raise np.linalg.LinAlgError("Matrix is not positive definite")
+
+    monkeypatch.setattr(np.linalg, "cholesky", refuse)
+    np.testing.assert_array_equal(osa.osa_forward(Q, K, V, 0.01)[0], want)
+
+
+def test_the_gram_route_is_not_taken_where_its_products_leave_the_dtype(rng):
+    n = rng.standard_normal
+    Q, K = (1e-23 * n((12, 3))).astype(np.float32), (1e12 * n((12, 3))).astype(np.float32)
+    A = osa.attention_matrix(Q, K, 1e10)  # QᵀQ underflows
+    close(A.T @ A, np.eye(12), 8 * 12 * np.finfo(np.float32).eps)
+    Q, K, V = ((scale * n((12, 3))).astype(np.float32) for scale in (1e-10, 1e-10, 1e36))
+    O = osa.osa_forward(Q, K, V, 1e19)[0]  # s J y overflows
+    exact = osa.osa_dense(*cast(np.float64, Q, K, V), 1e19)
+    close(O / 1e36, exact / 1e36, tolerance(Q, K, 1e19))
 
 
 @each_dtype
