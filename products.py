@@ -123,7 +123,7 @@ def double_basis(P):
     B = product(P, _whitening(first, N))
     G = tall_product(B, B)
     B = product(B, _refined(_inverse_factor(G, N)[0], G))
-    return B.astype(np.float32), _checked(tall_product(B, P), first, N, np.float32)
+    return B.astype(np.float32), _or_nan(tall_product(B, P), first, N, np.float32)
 
 
 def cholesky_basis(P):
@@ -141,7 +141,7 @@ def cholesky_basis(P):
         B = product(B, _inverse_factor(tall_product(B, B), N)[0])
     G = tall_product(B, B)
     B = product(B, _refined(_inverse_factor(G, N)[0], G))
-    return B, size * _checked(tall_product(B, P), first, N, B.dtype)
+    return B, size * _or_nan(tall_product(B, P), first, N, B.dtype)
 
 
 def _whitening(G, N):
@@ -186,7 +186,7 @@ def _refined(T, G):
     return product(T, 1.5 * I - 0.5 * product(_T(T), product(G, T)))
 
 
-def _checked(R, G, N, dtype):
+def _or_nan(R, G, N, dtype):
     """R = BᵀP, or NaN where a factorisation failed, which CuPy does not report: B must keep the
     norm of every column p of P, ‖Bᵀp‖² = ‖p‖² (the diagonal of G = PᵀP), to rounding in B's dtype.
     """
