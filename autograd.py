@@ -11,133 +11,27 @@ how Orthogonal Self-Attention is plugged in.  The gradients are checked by `grad
 
 import contextlib
 import contextvars
-import ctypes
-import functools
-import importlib
 import math
-import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-# ---------------------------------------------------------------------------- arrays and devices
+import devices
+
+# What belongs to the arrays is offered here as well: `ag.to_cpu`, `ag.parallel`, …
+from devices import (  # noqa: F401
+    batch_parts,
+    find_device,
+    keep_freed_memory,
+    parallel,
+    product,
+    thread_count,
+    to_cpu,
+)
 
 
 def array_module(*arrays):
-    """The module (`numpy` or `cupy`) that the arrays belong to.
-
-    Python scalars are ignored; with no array at all the answer is `numpy`.
-    Raises TypeError for something that is not an array, and for arrays of two modules.
-    """
-    found = None
-    for a in arrays:
-        a = a.data if isinstance(a, Tensor) else a
-        if isinstance(a, (bool, int, float)):
-            continue
-        if not hasattr(a, "dtype") or not hasattr(a, "shape"):
-            raise TypeError(f"expected a NumPy or CuPy array, got {type(a).__name__}")
-        module = sys.modules[type(a).__module__.partition(".")[0]]
-        if found is not None and module is not found:
-            raise TypeError(
-                f"arrays of {found.__name__} and {module.__name__} cannot be mixed; "
-                "move them to one device first"
-            )
-        found = module
-    return found or np
-
-
-def to_cpu(a):
-    """A NumPy copy of a CuPy array (the device is waited for); a NumPy array as it is."""
-    return a.get() if hasattr(a, "get") else np.asarray(a)
-
-
-def find_device(name="auto"):
-    """The array module for a device name, and a sentence that says why.
-
-    name: "cpu", "cuda" or "auto" (the GPU if one works, else the CPU).
-    `import cupy` succeeds on a machine without a driver, so a GPU is believed in only after a
-    kernel and a matrix product have run on it and given the right answer.
-    Returns (module, reason); raises ValueError for an unknown name, RuntimeError for "cuda"
-    where no GPU works.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
-    if name == "cpu":
-        return np, "cpu: asked for"
-    try:
-        cupy = importlib.import_module("cupy")
-        a = cupy.arange(4, dtype=cupy.float32).reshape(2, 2) + 1  # a kernel
-        if (a @ a).get().tolist() != [[7.0, 10.0], [15.0, 22.0]]:  # a matrix product
-            raise RuntimeError("the GPU gave a wrong 2 x 2 matrix product")
-        gpu = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-        return cupy, f"cuda: {gpu} ran a kernel and a matrix product"
-    except Exception as error:  # CuPy raises errors of many classes when a driver is missing
-        why = "CuPy is not installed" if isinstance(error, ImportError) else _one_line(error)
-    if name == "cuda":
-        raise RuntimeError(
-            f"--device cuda: no GPU can be used ({why}); look at nvidia-smi for a card and its "
-            "driver, install CuPy with 'pip install -r requirements-cuda12.txt' (or -cuda13.txt), "
-            "or use --device cpu"
-        )
-    return np, f"cpu: no GPU can be used ({why})"
-
-
-def _one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def thread_count():
-    """Threads for `parallel`: OSA_THREADS, else the cores that BLAS leaves idle.
-
-    BLAS takes all cores unless OPENBLAS_NUM_THREADS says otherwise.  For many small matrices
-    OPENBLAS_NUM_THREADS=1 is the better division of labour.
-    """
-    cores = os.cpu_count() or 1
-    asked = os.environ.get("OSA_THREADS", "")
-    blas = os.environ.get("OPENBLAS_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    return max(1, cores // int(blas)) if blas.isdecimal() and int(blas) > 0 else 1
-
-
-def keep_freed_memory():
-    """Let the C library keep what is freed, instead of returning it to Linux page by page.
-
-    A training step frees and asks for the same arrays again and again, and every page fetched anew
-    is a page fault: up to half of the time of `osa_forward` and `osa_backward`.  Elsewhere than on
-    Linux with glibc nothing happens.  `train.py` and the benchmarks call it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: below 1 GB no mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-
-
-@functools.cache
-def _pool(threads):
-    return ThreadPoolExecutor(threads)
-
-
-def batch_parts(a, target=2**19):
-    """Slices of the first axis of a (..., N, n), of about `target` numbers each, for `parallel`.
-
-    They depend on the shape alone, so results do not depend on the number of threads.  Smaller
-    parts would not pay: Python gives its lock away and takes it back at every call of NumPy.
-    A single matrix, and any array on a GPU, is one part.
-    """
-    if array_module(a) is not np or a.ndim < 3 or a.size < 2 * target:
-        return [...]
-    size = -(-a.shape[0] // (a.size // target))
-    return [slice(i, i + size) for i in range(0, a.shape[0], size)]
-
-
-def parallel(f, *iterables):
-    """[f(*arguments) for arguments in zip(*iterables)], on several threads."""
-    threads = thread_count()
-    if len(iterables[0]) == 1 or threads == 1:
-        return [f(*arguments) for arguments in zip(*iterables)]
-    return list(_pool(threads).map(f, *iterables))
+    """The module (`numpy` or `cupy`) that the arrays, or the tensors' arrays, belong to."""
+    return devices.array_module(*(a.data if isinstance(a, Tensor) else a for a in arrays))
 
 
 # ------------------------------------------------------------------------------------ the graph

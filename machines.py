@@ -46,7 +46,7 @@ class Ranks:
         except (Exception, KeyboardInterrupt):
             if self.comm:
                 atexit.register(self.comm.Abort, 1)  # after the message of whoever catches it,
-                atexit.register(time.sleep, 1)  # and after mpiexec has read it: Abort loses the rest
+                atexit.register(time.sleep, 1)  # and after mpiexec has read it, which Abort ends
                 time.sleep(3 if self.rank else 0)  # what all ranks meet is told by rank 0 alone
             raise
 

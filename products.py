@@ -11,70 +11,16 @@ import math
 
 import numpy as np
 
-from autograd import array_module
+from devices import array_module, product
 
 # Squarings that can be done: ‖S‖₂ may be 1000 for r ≤ 512, and 2 ** SQUARINGS at most.
 SQUARINGS = 12
 # A GPU sums over tokens in blocks of ROWS to 2 ROWS rows, where N has such a divisor.
 ROWS = 1024
-# The numbers 1 and 0, which cuBLAS reads at their addresses.
-ONE_ZERO = {np.dtype(t): np.array([1, 0], t) for t in (np.float32, np.float64)}
 
 
 def _T(M):
     return M.swapaxes(-1, -2)
-
-
-def product(A, B, out=None):
-    """A @ B (..., n, m) for A (..., n, k) and B (..., k, m).
-
-    On a GPU by cuBLAS directly: CuPy's own batched product first copies whatever is not
-    contiguous, a transpose, a slice, an `out`, and on long sequences the copies take as long as
-    the product.  Here only what BLAS cannot describe is copied.
-    """
-    xp, (n, k), m = array_module(A, B), A.shape[-2:], B.shape[-1]
-    if xp is np or max(A.ndim, B.ndim) == 2 or A.dtype != B.dtype or A.dtype not in ONE_ZERO:
-        return xp.matmul(A, B, out=out)
-    if A.shape[:-2] != B.shape[:-2]:
-        batch = np.broadcast_shapes(A.shape[:-2], B.shape[:-2])
-        A, B = (xp.broadcast_to(M, (*batch, *M.shape[-2:])) for M in (A, B))
-    C, c = out, None if out is None else _layout(out)
-    if c is None or c[0]:  # cuBLAS writes row by row
-        C, c = xp.empty((*A.shape[:-1], m), A.dtype), (0, m, n * m)
-    A, B = (M if _layout(M) else xp.ascontiguousarray(M) for M in (A, B))
-    (by_column_A, *a), (by_column_B, *b) = _layout(A), _layout(B)
-    gemm = xp.cuda.cublas
-    gemm = gemm.sgemmStridedBatched if A.itemsize == 4 else gemm.dgemmStridedBatched
-    one = ONE_ZERO[A.dtype].ctypes.data
-    # cuBLAS counts by columns, so what it sees are the transposes: Cᵀ = BᵀAᵀ.
-    gemm(
-        xp.cuda.device.get_cublas_handle(), by_column_B, by_column_A, m, n, k, one,
-        B.data.ptr, *b, A.data.ptr, *a, one + A.itemsize, C.data.ptr, *c[1:],
-        math.prod(A.shape[:-2]),
-    )  # fmt: skip
-    if out is not None and C is not out:
-        out[...] = C
-    return C if out is None else out
-
-
-def _layout(M):
-    """How BLAS would find M (..., n, m): whether by columns (0 or 1), the distance of two rows or
-    columns, that of two matrices, in numbers.  None where it could not."""
-    *strides, row, column = (s // M.itemsize for s in M.strides)
-    *batch, n, m = M.shape
-    matrices = None
-    for length, stride in zip(batch[::-1], strides[::-1]):
-        if length > 1:
-            if matrices is None:
-                matrices, following = stride, stride
-            if stride != following:
-                return None  # the matrices do not lie at one distance
-            following = stride * length
-    if (column == 1 or m == 1) and (row >= m or n == 1):
-        return 0, max(row, m), matrices or 0
-    if (row == 1 or n == 1) and (column >= n or m == 1):
-        return 1, max(column, n), matrices or 0
-    return None
 
 
 def tall_product(A, B):

@@ -12,7 +12,7 @@ code that reads `array_module` from its arrays runs on it unchanged.  As with Cu
 It is stricter than CuPy where that helps: NumPy's own functions and `random` are refused (weights
 and batches are drawn on the CPU).  `counts` counts transfers and waits; `operations` the kernels
 that CuPy would launch, by a reading of its source (see `_count`), and the arithmetic of products.
-`cuda.cublas` emulates the one function of cuBLAS that the project calls, on the memory at the
+`cuda.cublas` emulates the functions of cuBLAS that the project calls, on the memory at the
 addresses it is given.
 """
 
@@ -135,6 +135,9 @@ class Array:
             raise AttributeError(f"CuPy arrays have no attribute {name!r}")
         value = getattr(self._a, name)
         return _call(value, self._a) if callable(value) else _wrap_property(name, value)
+
+    dtype = property(lambda self: self._a.dtype)
+    shape = property(lambda self: self._a.shape)
 
     @property
     def data(self):
@@ -276,14 +279,18 @@ def _gemm(dtype):
         product = (a.swapaxes(-1, -2) if transa else a) @ (b.swapaxes(-1, -2) if transb else b)
         matrices(C, m, n, ldc, strideC, count)[...] = product
 
-    return gemm
+    def single(handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc):
+        gemm(handle, transa, transb, m, n, k, alpha, A, lda, 0, B, ldb, 0, beta, C, ldc, 0, 1)
+
+    return single, gemm
 
 
 ndarray, linalg = Array, _Linalg()
 cuda = _types.SimpleNamespace(
     device=_types.SimpleNamespace(get_cublas_handle=lambda: "handle"),
     cublas=_types.SimpleNamespace(
-        sgemmStridedBatched=_gemm(_np.dtype("f4")), dgemmStridedBatched=_gemm(_np.dtype("f8"))
+        **dict(zip(("sgemm", "sgemmStridedBatched"), _gemm(_np.dtype("f4")))),
+        **dict(zip(("dgemm", "dgemmStridedBatched"), _gemm(_np.dtype("f8")))),
     ),
 )
 

@@ -1,0 +1,220 @@
+"""Where arrays live, on a CPU (NumPy) or on an NVIDIA GPU (CuPy), and what each needs to be fast:
+threads for parts of a batch on the one, cuBLAS without detours on the other.
+"""
+
+import ctypes
+import functools
+import importlib
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+# ------------------------------------------------------------------------------ arrays and devices
+
+
+def array_module(*arrays):
+    """The module (`numpy` or `cupy`) that the arrays belong to.
+
+    Python scalars are ignored; with no array at all the answer is `numpy`.
+    Raises TypeError for something that is not an array, and for arrays of two modules.
+    """
+    found = None
+    for a in arrays:
+        module = _module_of(type(a))
+        if found is not None and module not in (None, found):
+            raise TypeError(
+                f"arrays of {found.__name__} and {module.__name__} cannot be mixed; "
+                "move them to one device first"
+            )
+        found = found or module
+    return found or np
+
+
+@functools.cache
+def _module_of(kind):
+    """The array module that a class belongs to; None for Python's numbers."""
+    if issubclass(kind, (bool, int, float)):
+        return None
+    if not hasattr(kind, "dtype") or not hasattr(kind, "shape"):
+        raise TypeError(f"expected a NumPy or CuPy array, got {kind.__name__}")
+    return sys.modules[kind.__module__.partition(".")[0]]
+
+
+def to_cpu(a):
+    """A NumPy copy of a CuPy array (the device is waited for); a NumPy array as it is."""
+    return a.get() if hasattr(a, "get") else np.asarray(a)
+
+
+def find_device(name="auto"):
+    """The array module for a device name, and a sentence that says why.
+
+    name: "cpu", "cuda" or "auto" (the GPU if one works, else the CPU).
+    `import cupy` succeeds on a machine without a driver, so a GPU is believed in only after a
+    kernel and a matrix product have run on it and given the right answer.
+    Returns (module, reason); raises ValueError for an unknown name, RuntimeError for "cuda"
+    where no GPU works.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+    if name == "cpu":
+        return np, "cpu: asked for"
+    try:
+        cupy = importlib.import_module("cupy")
+        a = cupy.arange(4, dtype=cupy.float32).reshape(2, 2) + 1  # a kernel
+        if (a @ a).get().tolist() != [[7.0, 10.0], [15.0, 22.0]]:  # a matrix product
+            raise RuntimeError("the GPU gave a wrong 2 x 2 matrix product")
+        gpu = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        return cupy, f"cuda: {gpu} ran a kernel and a matrix product"
+    except Exception as error:  # CuPy raises errors of many classes when a driver is missing
+        why = "CuPy is not installed" if isinstance(error, ImportError) else _one_line(error)
+    if name == "cuda":
+        raise RuntimeError(
+            f"--device cuda: no GPU can be used ({why}); look at nvidia-smi for a card and its "
+            "driver, install CuPy with 'pip install -r requirements-cuda12.txt' (or -cuda13.txt), "
+            "or use --device cpu"
+        )
+    return np, f"cpu: no GPU can be used ({why})"
+
+
+def _one_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def thread_count():
+    """Threads for `parallel`: OSA_THREADS, else the cores that BLAS leaves idle.
+
+    BLAS takes all cores unless OPENBLAS_NUM_THREADS says otherwise.  For many small matrices
+    OPENBLAS_NUM_THREADS=1 is the better division of labour.
+    """
+    cores = os.cpu_count() or 1
+    asked = os.environ.get("OSA_THREADS", "")
+    blas = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return max(1, cores // int(blas)) if blas.isdecimal() and int(blas) > 0 else 1
+
+
+def keep_freed_memory():
+    """Let the C library keep what is freed, instead of returning it to Linux page by page.
+
+    A training step frees and asks for the same arrays again and again, and every page fetched anew
+    is a page fault: up to half of the time of `osa_forward` and `osa_backward`.  Elsewhere than on
+    Linux with glibc nothing happens.  `train.py` and the benchmarks call it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: below 1 GB no mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+@functools.cache
+def _pool(threads):
+    return ThreadPoolExecutor(threads)
+
+
+def batch_parts(a, target=2**19):
+    """Slices of the first axis of a (..., N, n), of about `target` numbers each, for `parallel`.
+
+    They depend on the shape alone, so results do not depend on the number of threads.  Smaller
+    parts would not pay: Python gives its lock away and takes it back at every call of NumPy.
+    A single matrix, and any array on a GPU, is one part.
+    """
+    if array_module(a) is not np or a.ndim < 3 or a.size < 2 * target:
+        return [...]
+    size = -(-a.shape[0] // (a.size // target))
+    return [slice(i, i + size) for i in range(0, a.shape[0], size)]
+
+
+def parallel(f, *iterables):
+    """[f(*arguments) for arguments in zip(*iterables)], on several threads."""
+    threads = thread_count()
+    if len(iterables[0]) == 1 or threads == 1:
+        return [f(*arguments) for arguments in zip(*iterables)]
+    return list(_pool(threads).map(f, *iterables))
+
+
+# ---------------------------------------------------------------------------------- matrix products
+
+# The numbers 1 and 0 in each dtype, which cuBLAS reads at their addresses.
+ONE_ZERO = {np.dtype(t): np.array([1, 0], t) for t in (np.float32, np.float64)}
+ADDRESS = {dtype: numbers.ctypes.data for dtype, numbers in ONE_ZERO.items()}
+
+
+def product(A, B, out=None):
+    """A @ B (..., n, m) for A (..., n, k) and B (..., k, m).
+
+    On a GPU by cuBLAS directly: CuPy's own batched product first copies whatever is not
+    contiguous, a transpose, a slice, an `out`, and on long sequences the copies take as long as
+    the product.  Here only what BLAS cannot describe is copied.
+    """
+    xp = array_module(A, B)
+    if xp is np or A.dtype != B.dtype or A.dtype not in ADDRESS or not A.size * B.size:
+        return xp.matmul(A, B, out=out)
+    C_strides = None if out is None else out.strides
+    shape, sizes, a, b, c = _plan(A.shape, A.strides, B.shape, B.strides, C_strides, A.itemsize)
+    if out is not None and out.shape != shape:
+        raise ValueError(f"out must have shape {shape}, got {out.shape}")
+    if a is None or b is None:
+        A, B = (
+            M if plan else xp.ascontiguousarray(xp.broadcast_to(M, shape[:-2] + M.shape[-2:]))
+            for M, plan in ((A, a), (B, b))
+        )
+        return product(A, B, out)
+    if c is None:
+        out[...] = product(A, B)
+        return out
+    C = xp.empty(shape, A.dtype) if out is None else out
+    name = ("sgemm" if A.itemsize == 4 else "dgemm") + ("" if len(a) == 1 else "StridedBatched")
+    one = ADDRESS[A.dtype]
+    getattr(xp.cuda.cublas, name)(
+        xp.cuda.device.get_cublas_handle(), *sizes, one, B.data.ptr, *b, A.data.ptr, *a,
+        one + A.itemsize, C.data.ptr, *c,
+    )  # fmt: skip
+    return C
+
+
+@functools.lru_cache(4096)
+def _plan(A_shape, A_strides, B_shape, B_strides, C_strides, itemsize):
+    """The shape of C = A B and what cuBLAS wants to know of the three; None for one that it cannot
+    take as it lies in memory.  cuBLAS counts by columns: what it sees is Cᵀ = BᵀAᵀ."""
+    (n, k), (k_B, m) = A_shape[-2:], B_shape[-2:]
+    if k != k_B:
+        raise ValueError(f"product needs (..., n, k) and (..., k, m), got {A_shape} and {B_shape}")
+    batch = np.broadcast_shapes(A_shape[:-2], B_shape[:-2])
+    count = math.prod(batch)
+    a, b = (
+        _layout((*batch, *shape[-2:]), (len(batch) + 2 - len(shape)) * (0,) + tuple(
+            0 if length == 1 else stride for length, stride in zip(shape[:-2], strides)
+        ) + strides[-2:], itemsize)
+        for shape, strides in ((A_shape, A_strides), (B_shape, B_strides))
+    )  # fmt: skip
+    c = (0, m, n * m) if C_strides is None else _layout((*batch, n, m), C_strides, itemsize)
+    sizes = (b and b[0], a and a[0], m, n, k)
+    if c and c[0]:  # cuBLAS writes row by row
+        c = None
+    distances = slice(1, 2) if count == 1 else slice(1, 3)
+    a, b, c = (x and x[distances] for x in (a, b, c))
+    return (*batch, n, m), sizes, a, b, c and (c if count == 1 else (*c, count))
+
+
+def _layout(shape, strides, itemsize):
+    """How BLAS would find matrices (..., n, m): whether by columns (0 or 1), the distance of two
+    rows or columns, that of two matrices, in numbers.  None where it could not."""
+    *strides, row, column = (s // itemsize for s in strides)
+    *batch, n, m = shape
+    matrices = None
+    for length, stride in zip(batch[::-1], strides[::-1]):
+        if length > 1:
+            if matrices is None:
+                matrices, following = stride, stride
+            if stride != following:
+                return None  # the matrices do not lie at one distance
+            following = stride * length
+    if (column == 1 or m == 1) and (row >= m or n == 1):
+        return 0, max(row, m), matrices or 0
+    if (row == 1 or n == 1) and (column >= n or m == 1):
+        return 1, max(column, n), matrices or 0
+    return None
