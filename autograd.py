@@ -19,6 +19,7 @@ import devices
 
 # What belongs to the arrays is offered here as well: `ag.to_cpu`, `ag.parallel`, …
 from devices import (  # noqa: F401
+    Graph,
     batch_parts,
     find_device,
     keep_freed_memory,
@@ -54,9 +55,10 @@ class Tensor:
 
     data: a NumPy or CuPy array (anything else is converted by NumPy).
     requires_grad: whether `backward` should fill `.grad` (an array of the same shape and dtype).
+    room: an array that `backward` puts a first gradient into; None for new memory.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "_parents", "_backward")
+    __slots__ = ("data", "grad", "room", "requires_grad", "_parents", "_backward")
     __array_ufunc__ = None  # let `array * Tensor` reach Tensor.__rmul__
 
     def __init__(self, data, requires_grad=False):
@@ -65,7 +67,7 @@ class Tensor:
         self.data = data if hasattr(data, "dtype") and hasattr(data, "ndim") else np.asarray(data)
         if requires_grad and self.data.dtype.kind != "f":
             raise TypeError(f"only floating-point tensors have gradients, got {self.data.dtype}")
-        self.grad = None
+        self.grad = self.room = None
         self.requires_grad = requires_grad
         self._parents = ()
         self._backward = None  # gradient of this tensor -> one gradient (or None) per parent
@@ -113,7 +115,13 @@ class Tensor:
             if node._backward is None:  # a leaf: accumulate, in memory of its own
                 if g.dtype != node.dtype:  # beside a constant of a wider dtype
                     g = g.astype(node.dtype)
-                node.grad = xp.array(g) if node.grad is None else node.grad + g
+                if node.grad is not None:
+                    node.grad = node.grad + g
+                elif node.room is None:
+                    node.grad = xp.array(g)
+                else:
+                    node.room[...] = g
+                    node.grad = node.room
                 continue
             if node._backward is _USED:
                 raise RuntimeError("part of this graph was freed by an earlier backward()")
@@ -431,10 +439,10 @@ def matmul(a, b):
         rows = reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
         return reshape(matmul(rows, b), (*a.shape[:-1], b.shape[-1]))
     return _elementwise(
-        a.data @ b.data,
+        product(a.data, b.data),
         (a, b),
-        lambda g: g @ b.data.swapaxes(-1, -2),
-        lambda g: a.data.swapaxes(-1, -2) @ g,
+        lambda g: product(g, b.data.swapaxes(-1, -2)),
+        lambda g: product(a.data.swapaxes(-1, -2), g),
     )
 
 
@@ -449,13 +457,13 @@ def linear(X, W, b):
             f"linear needs (..., k), (k, m), (m,), got {X.shape}, {W.shape}, {b.shape}"
         )
     rows = X.data.reshape(math.prod(X.shape[:-1]), W.shape[0])
-    out = rows @ W.data
+    out = product(rows, W.data)
     out += b.data
 
     def backward(g):
         g = g.reshape(len(rows), W.shape[1])
-        dX = (g @ W.data.T).reshape(X.shape) if X.requires_grad else None
-        return dX, rows.T @ g, g.sum(axis=0)
+        dX = product(g, W.data.T).reshape(X.shape) if X.requires_grad else None
+        return dX, product(rows.T, g), g.sum(axis=0)
 
     return record(out.reshape(*X.shape[:-1], W.shape[1]), (X, W, b), backward)
 

@@ -7,7 +7,7 @@ Each attention replaces `attend` of `MultiHeadOSA`, and its parameters where it 
 import numpy as np
 
 import autograd as ag
-from autograd import Tensor, array_module
+from autograd import Tensor, array_module, product
 from osa_minimal import MultiHeadOSA, SkiplessTransformer, random_orthogonal
 
 
@@ -18,11 +18,11 @@ def softmax_forward(F):
         raise ValueError(f"F must be (..., N, 3 d_v), not empty, got shape {F.shape}")
     d_v = F.shape[-1] // 3
     Q, K, V = F[..., :d_v], F[..., d_v : 2 * d_v], F[..., 2 * d_v :]
-    A = (Q * d_v**-0.5) @ K.swapaxes(-1, -2)  # (..., N, N)
+    A = product(Q * d_v**-0.5, K.swapaxes(-1, -2))  # (..., N, N)
     A -= A.max(axis=-1, keepdims=True)
     xp.exp(A, out=A)
     A /= A.sum(axis=-1, keepdims=True)
-    return A @ V, (F, A)
+    return product(A, V), (F, A)
 
 
 def softmax_backward(dO, saved):
@@ -31,11 +31,12 @@ def softmax_backward(dO, saved):
     d_v = F.shape[-1] // 3
     xp = array_module(F)
     Q, K, V = F[..., :d_v], F[..., d_v : 2 * d_v], F[..., 2 * d_v :]
-    dS = dO @ V.swapaxes(-1, -2)
+    dS = product(dO, V.swapaxes(-1, -2))
     dS -= (dS * A).sum(axis=-1, keepdims=True)
     dS *= A
     dS *= d_v**-0.5
-    return [xp.concatenate([dS @ K, dS.swapaxes(-1, -2) @ Q, A.swapaxes(-1, -2) @ dO], axis=-1)]
+    parts = (dS, K), (dS.swapaxes(-1, -2), Q), (A.swapaxes(-1, -2), dO)  # dQ, dK, dV
+    return [xp.concatenate([product(*part) for part in parts], axis=-1)]
 
 
 softmax_attention = ag.operator(softmax_forward, softmax_backward)

@@ -1,7 +1,8 @@
 """Where arrays live, on a CPU (NumPy) or on an NVIDIA GPU (CuPy), and what each needs to be fast:
-threads for parts of a batch on the one, cuBLAS without detours on the other.
+threads for parts of a batch on the one, cuBLAS without detours and CUDA graphs on the other.
 """
 
+import contextvars
 import ctypes
 import functools
 import importlib
@@ -143,6 +144,9 @@ ONE_ZERO = {np.dtype(t): np.array([1, 0], t) for t in (np.float32, np.float64)}
 ADDRESS = {dtype: numbers.ctypes.data for dtype, numbers in ONE_ZERO.items()}
 
 
+_cublas = contextvars.ContextVar("cublas", default=None)  # other than CuPy's, see `Graph`
+
+
 def product(A, B, out=None):
     """A @ B (..., n, m) for A (..., n, k) and B (..., k, m).
 
@@ -169,7 +173,7 @@ def product(A, B, out=None):
     C = xp.empty(shape, A.dtype) if out is None else out
     name = ("sgemm" if A.itemsize == 4 else "dgemm") + ("" if len(a) == 1 else "StridedBatched")
     one = ADDRESS[A.dtype]
-    getattr(xp.cuda.cublas, name)(
+    getattr(_cublas.get() or xp.cuda.cublas, name)(
         xp.cuda.device.get_cublas_handle(), *sizes, one, B.data.ptr, *b, A.data.ptr, *a,
         one + A.itemsize, C.data.ptr, *c,
     )  # fmt: skip
@@ -218,3 +222,83 @@ def _layout(shape, strides, itemsize):
     if (row == 1 or n == 1) and (column >= n or m == 1):
         return 1, max(column, n), matrices or 0
     return None
+
+
+# ------------------------------------------------------------------------------------- CUDA graphs
+
+
+class Graph:
+    """`function(*arrays)` on a GPU as a CUDA graph: recorded at the second call, replayed from then
+    on, one launch for all its kernels.
+
+    What the function does, and with which memory, must not depend on the call: it changes arrays in
+    place, and what differs comes in as `arrays`, of always the same shapes and dtypes.  It returns
+    arrays, of which each call gives copies.  Matrix products must be `product`s.  CuPy raises
+    NotImplementedError for cuSOLVER's functions, which cannot be recorded.
+    """
+
+    def __init__(self, xp, function):
+        self.xp, self.function = xp, function
+        self.arrays = self.graph = None
+        self.stream = xp.cuda.Stream(non_blocking=True)
+        self.pool = xp.cuda.MemoryPool()  # nobody else may use the memory between two replays
+
+    def __call__(self, *arrays):
+        xp, outside = self.xp, self.xp.cuda.get_current_stream()
+        self.stream.wait_event(outside.record())
+        with self.stream:
+            with xp.cuda.using_allocator(self.pool.malloc):
+                if self.arrays is None:  # as usual: compiles, moves constants, fills the pool
+                    self.arrays = [xp.array(a) for a in arrays]
+                    self.results = self.function(*self.arrays)
+                else:
+                    for mine, a in zip(self.arrays, arrays):
+                        mine[...] = a
+                    if self.graph is None:
+                        self.record()
+                    self.graph.launch(self.stream)
+            results = [xp.array(a) for a in self.results]  # in memory that no replay writes to
+        outside.wait_event(self.stream.record())
+        return results
+
+    def record(self):
+        token = _cublas.set(RecordableBlas(self.xp, self.stream))
+        self.stream.begin_capture()
+        try:
+            self.results = self.function(*self.arrays)
+        finally:
+            self.graph = self.stream.end_capture()
+            _cublas.reset(token)
+
+
+class RecordableBlas:
+    """cuBLAS's own products under the names and signatures of `cupy.cuda.cublas`.
+
+    CuPy (14) refuses to call cuBLAS while a stream is recorded; cuBLAS itself allows it.
+    """
+
+    def __init__(self, xp, stream):
+        library = ctypes.CDLL(f"libcublas.so.{xp.cuda.runtime.runtimeGetVersion() // 1000}")
+        number, long, address = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p
+        one = [number] * 5 + [address, address, number, address, number, address, address, number]
+        many = [number] * 5 + [address, address, number, long, address, number, long]
+        many += [address, address, number, long, number]
+
+        def function(name, types):
+            f = getattr(library, name)
+            f.argtypes = [address, *types]
+
+            def call(*arguments):
+                status = f(*arguments)
+                if status:
+                    raise RuntimeError(f"{name} failed with status {status}")
+
+            return call
+
+        for letter in "sd":
+            setattr(self, letter + "gemm", function(f"cublas{letter.upper()}gemm_v2", one))
+            name = letter + "gemmStridedBatched"
+            setattr(self, name, function(f"cublas{letter.upper()}gemmStridedBatched", many))
+        # The products go to the stream of CuPy's handle, until CuPy's next own call.
+        set_stream = function("cublasSetStream_v2", [address])
+        set_stream(xp.cuda.device.get_cublas_handle(), stream.ptr)

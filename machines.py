@@ -12,7 +12,7 @@ import sys
 import time
 
 import autograd as ag
-from optimizers import joined, parts
+from optimizers import joined
 
 STARTED = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # set by MPICH, Open MPI, Slurm
 
@@ -57,17 +57,16 @@ class Ranks:
 
             cupy.cuda.Device(self.neighbour % cupy.cuda.runtime.getDeviceCount()).use()
 
-    def sum_gradients(self, parameters, *values):
-        """Sums all gradients and the 0-d `values` over the ranks, as one flat buffer.
+    def sum_gradients(self, g, *values):
+        """Sums joined gradients g (n,), in place, and the 0-d `values` over the ranks at once.
 
         Each rank's loss is its slice's share of the mean over the batch, so the sum is the gradient
         of that mean, however unequal the slices.  Returns the sums of `values`.
         """
         if self.size == 1:
             return values
-        grads = [p.grad for p in parameters.values()]
-        xp, dtype = ag.array_module(*grads), grads[0].dtype
-        flat = joined([xp.asarray(a, dtype=dtype) for a in (*grads, *values)])
+        xp = ag.array_module(g)
+        flat = joined([g, *(xp.asarray(a, dtype=g.dtype) for a in values)])
         if xp.__name__ == "cupy" and self.takes_gpu_arrays:
             xp.cuda.get_current_stream().synchronize()  # MPI does not wait for kernels
         else:
@@ -75,9 +74,8 @@ class Ranks:
         total = flat.copy()
         self.comm.Allreduce(flat, total)
         total = xp.asarray(total)
-        for p, part in zip(parameters.values(), parts(total, parameters)):
-            p.grad = part
-        return tuple(total[len(total) - len(values) :])
+        g[...] = total[: g.size]
+        return tuple(total[g.size :])
 
     def stopped(self, stop):
         """Whether any rank has noticed a signal: all leave the loop after the same step."""

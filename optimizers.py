@@ -57,15 +57,21 @@ def clip_gradients(parameters, largest):
     Raises FloatingPointError for a norm that is NaN or Inf, which would turn all gradients to 0; on
     a GPU, where it would have to wait, they turn to NaN instead and the loss will show it.
     """
+    g = joined([p.grad for p in parameters.values()])
+    norm = clip(g, largest)
+    for p, part in zip(parameters.values(), parts(g, parameters)):
+        p.grad = part
+    return norm
+
+
+def clip(g, largest):
+    """`clip_gradients` for joined gradients g (n,), in place."""
     if not largest >= 0:
         raise ValueError(f"largest must be 0 or more, got {largest}")
-    g = joined([p.grad for p in parameters.values()])
     norm = _norm(g)
     if array_module(norm) is np and not math.isfinite(norm):
         raise FloatingPointError("the norm of the gradients is NaN or Inf")
     g *= array_module(norm).minimum(1, largest / (norm + 1e-12)) + 0 * norm
-    for p, part in zip(parameters.values(), parts(g, parameters)):
-        p.grad = part
     return norm
 
 
@@ -79,7 +85,19 @@ def _check(parameters, t):
             raise ValueError(f"the gradient of {name} has shape {shape}, the parameter {p.shape}")
 
 
-class AdamW:
+class Optimizer:
+    """What AdamW and Muon share: a step is an update of joined parameters."""
+
+    def step(self, lr, t):
+        """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
+        _check(self.parameters, t)
+        w = _data(self.parameters)
+        self.update(w, joined([p.grad for p in self.parameters.values()]), lr, t)
+        for p, part in zip(self.parameters.values(), parts(w, self.parameters)):
+            p.data = part  # not the caller's array
+
+
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101)."""
 
     def __init__(self, parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
@@ -90,17 +108,13 @@ class AdamW:
             for name, part in zip(parameters, parts(numbers, parameters)):
                 self.state[f"{name}.{moment}"] = part
 
-    def step(self, lr, t):
-        """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
-        _check(self.parameters, t)
-        (b1, b2), m, v, w = self.betas, self.m, self.v, _data(self.parameters)
-        g = joined([p.grad for p in self.parameters.values()])
+    def update(self, w, g, lr, t):
+        """`step` for joined parameters w and gradients g (n,); w is changed in place."""
+        (b1, b2), m, v = self.betas, self.m, self.v
         m += (1 - b1) * (g - m)
         v += (1 - b2) * (g * g - v)
         update = (m / (1 - b1**t)) / (array_module(v).sqrt(v / (1 - b2**t)) + self.eps)
         w -= lr * (update + self.weight_decay * w)
-        for p, part in zip(self.parameters.values(), parts(w, self.parameters)):
-            p.data = part  # not the caller's array
 
 
 def _tall(M):
@@ -153,40 +167,38 @@ def retract(W, steps=2):
     return W
 
 
-class Muon:
+class Muon(Optimizer):
     """Momentum whose update is orthogonalised, kept on the (semi-)orthogonal matrices.
 
     W ← retract(W − lr · orthogonalise(momentum)): every weight starts orthogonal and stays so, and
     lr is about the angle in radians by which a step can turn it.  Matrices of one shape are updated
-    as one batch.
+    as one batch, and `parameters` are sorted by shape.
     """
 
     def __init__(self, parameters, momentum=0.95, retraction=True):
-        self.parameters, self.momentum, self.retraction = parameters, momentum, retraction
-        self.groups, self.state = {}, {}  # shape: (its parameters, their momentum (k, n, m))
+        self.momentum, self.retraction = momentum, retraction
+        self.parameters, self.state = {}, {}
+        self.groups = []  # per shape: the momentum of all matrices (k, n, m)
         for name, p in parameters.items():
             if p.ndim < 2 or not p.size:
                 raise ValueError(f"Muon takes matrices (..., n, m), {name} has shape {p.shape}")
-        shapes = dict.fromkeys(p.shape[-2:] for p in parameters.values())
-        for n, m in shapes:
-            group = {k: p for k, p in parameters.items() if p.shape[-2:] == (n, m)}
+        for shape in dict.fromkeys(p.shape[-2:] for p in parameters.values()):
+            group = {k: p for k, p in parameters.items() if p.shape[-2:] == shape}
             buffer = 0 * _data(group)
-            self.groups[n, m] = group, buffer.reshape(-1, n, m)
+            self.groups.append(buffer.reshape(-1, *shape))
             for name, part in zip(group, parts(buffer, group)):
                 self.state[f"{name}.m"] = part
+            self.parameters |= group
 
-    def step(self, lr, t):
-        """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
-        _check(self.parameters, t)
-        for (n, m), (group, buffer) in self.groups.items():
-            W, G = (
-                joined(arrays).reshape(-1, n, m)
-                for arrays in zip(*((p.data, p.grad) for p in group.values()))
-            )
+    def update(self, w, g, lr, t):
+        """`step` for joined parameters w and gradients g (n,); w is changed in place."""
+        start = 0
+        for buffer in self.groups:
+            part = slice(start, start + buffer.size)
+            W, G = (a[part].reshape(buffer.shape) for a in (w, g))
             buffer *= self.momentum
             buffer += G
             W -= lr * orthogonalise(G + self.momentum * buffer)
             if self.retraction:
-                W = retract(W)
-            for p, part in zip(group.values(), parts(W.reshape(-1), group)):
-                p.data = part
+                W[...] = retract(W)
+            start = part.stop

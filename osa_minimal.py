@@ -517,7 +517,9 @@ def _gram_backward(dO, saved, dF, ds):
 
 def _inner(A, B):
     """⟨A, B⟩ over the last two axes, (..., 1, 1)."""
-    return array_module(A, B).einsum("...ij,...ij->...", A, B)[..., None, None]
+    if array_module(A, B) is np:  # einsum stores no products; CuPy's is a batch of tiny matmuls
+        return np.einsum("...ij,...ij->...", A, B)[..., None, None]
+    return (A * B).sum(axis=(-2, -1), keepdims=True)
 
 
 def _basis_forward(F, B, R, s, d_v, route):
@@ -554,8 +556,10 @@ def _basis_forward(F, B, R, s, d_v, route):
 
 def _unscaled_scores(R):
     """R J Rᵀ = R_Q R_Kᵀ − R_K R_Qᵀ, exactly skew-symmetric."""
-    h = R.shape[-1] // 2
-    QKt = R[..., :h] @ array_module(R).ascontiguousarray(_T(R[..., h:]))
+    h, right = R.shape[-1] // 2, _T(R[..., R.shape[-1] // 2 :])
+    if array_module(R) is np:
+        right = np.ascontiguousarray(right)  # BLAS on a CPU is slow with many small transposes
+    QKt = product(R[..., :h], right)
     return QKt - _T(QKt)
 
 

@@ -219,7 +219,8 @@ def _polynomial(X, p):
     powers[0], powers[1] = xp.eye(X.shape[-1], dtype=X.dtype), X
     for i in (2, 3):
         product(powers[i - 1], powers[1], out=powers[i])
-    *terms, E = xp.tensordot(_taylor(xp, X.dtype)[p], powers, axes=1)
+    a = _taylor(xp, X.dtype)[p]
+    *terms, E = product(a, powers.reshape(4, X.size)).reshape(len(a), *X.shape)
     X4 = product(powers[2], powers[2])
     for term in reversed(terms):
         E = product(E, X4) + term

@@ -154,6 +154,8 @@ def parse(arguments):
     parser.add_argument("--data", metavar="PATH", help="an .npz file or a folder of IDX files")
     parser.add_argument("--max-steps", type=positive_int, metavar="N",
                         help="stop early; the schedule stays that of the full run")  # fmt: skip
+    parser.add_argument("--graph", action="store_true",
+                        help="on a GPU: record a step as a CUDA graph and replay it")  # fmt: skip
     parser.add_argument("--log-every", type=positive_int, metavar="N", help="default 50")
     parser.add_argument("--out", metavar="DIR", help="default runs/PRESET-TIME")
     parser.add_argument("--resume", metavar="DIR", help="the folder of a stopped run")
@@ -339,6 +341,8 @@ class Run:
         self.pool = ThreadPoolExecutor(self.threads)
         self.parameters = self.model.parameters
         self.optimizers = make_optimizers(config, self.parameters)
+        self.pieces = ()  # see `lay_out`
+        self.graph = self.new_graph() if args.graph else None
         self.measures = any(k.endswith(".alpha") for k in self.parameters)  # S exists
         self.step, self.seconds, self.worst_error, self.largest_s = 0, 0.0, 0.0, 0.0
         self.log_every = args.log_every or meta.get("log_every") or 50
@@ -347,6 +351,21 @@ class Run:
             calibrate(self.model, self.batch()[0], config.s_norm)
         else:
             self.restore(*saved)
+
+    def new_graph(self):
+        """The whole step as a CUDA graph; refuses what could not be recorded."""
+        c = self.config
+        tokens, most = (self.size // c.patch) ** 2, 2 * c.width // c.heads
+        if self.xp is np:
+            raise UserError("--graph: CUDA graphs need a GPU; leave it out on a CPU")
+        if self.ranks.size > 1:
+            raise UserError("--graph: the gradients of several ranks are not summed by one GPU")
+        if c.attention == "osa" and tokens > most:
+            raise UserError(
+                f"--graph: {tokens} tokens are more than 2 d_v = {most}, and CuPy cannot record "
+                "the Cholesky factors that OSA then needs; leave it out, or take a larger --patch"
+            )
+        return ag.Graph(self.xp, self.whole_step)
 
     def state(self):
         """Every array that training changes, by name, on the CPU."""
@@ -392,21 +411,45 @@ class Run:
                 "log_every": self.log_every, "sums": [float(a) for a in self.sums]}  # fmt: skip
         checkpoint.save(folder / "checkpoint.npz", state, meta)
 
-    def batch(self, rank=0, ranks=1):
-        """Images and labels of step `self.step`, in an order drawn from the seed and the epoch.
-
-        The whole batch, or the slice of one of several ranks.
-        """
+    def choose(self, rank=0, ranks=1):
+        """Which images step `self.step` takes, and their offsets, in an order drawn from the seed
+        and the epoch: the whole batch, or the slice of one of several ranks."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
         if i == 0 or not hasattr(self, "order"):  # drawn on the CPU, moved once per epoch
             rng, n = np.random.default_rng([self.config.seed, 2, epoch]), len(self.x)
             self.order = self.xp.asarray(rng.permutation(n))
             self.offsets = self.xp.asarray(rng.integers(0, 2 * self.config.shift + 1, (n, 2)))
+            first = self.step - i
+            rates = [self.rate(k) for k in range(first, first + self.steps_per_epoch)]
+            self.rates = self.xp.asarray(np.array(rates))
         start, size = i * self.batch_size, self.batch_size
         part = slice(start + size * rank // ranks, start + size * (rank + 1) // ranks)
-        chosen = self.order[part]
-        images = data.crops(self.x, chosen, self.offsets[part], self.size)
+        return self.order[part], self.offsets[part]
+
+    def images(self, chosen, offsets):
+        """The chosen images, moved by their offsets and standardised, and their labels."""
+        images = data.crops(self.x, chosen, offsets, self.size)
         return self.standardise(images), self.y[chosen]
+
+    def batch(self, rank=0, ranks=1):
+        """Images and labels of step `self.step`, for one of several ranks."""
+        return self.images(*self.choose(rank, ranks))
+
+    def lay_out(self):
+        """All weights in one array and all gradients in another, optimiser by optimiser, so that
+        what is done to all of them is one operation; of each replica, the gradients."""
+        names = [k for optimizer, _ in self.optimizers for k in optimizer.parameters]
+        ordered = {k: self.parameters[k] for k in names}
+        self.weights = optimizers.joined([p.data for p in ordered.values()])
+        self.pieces = tuple(optimizers.parts(self.weights, ordered))
+        for p, piece in zip(ordered.values(), self.pieces):
+            p.data = piece
+        self.parameters = ordered
+        self.gradient = [self.xp.empty_like(self.weights) for _ in self.replicas]
+        for model, numbers in zip(self.replicas, self.gradient):
+            parameters = model.parameters
+            for k, room in zip(names, optimizers.parts(numbers, ordered)):
+                parameters[k].room = room
 
     def gradients(self, images, labels):
         """Fills `.grad` with those of the loss; returns the loss and the number right.
@@ -423,34 +466,58 @@ class Run:
             loss.backward()
             return loss.data, (logits.data.argmax(axis=1) == y).sum()
 
+        if [id(p.data) for p in self.parameters.values()] != [id(piece) for piece in self.pieces]:
+            self.lay_out()
         replicas = self.replicas[: len(labels)]
         ends = [len(labels) * i // len(replicas) for i in range(len(replicas) + 1)]
         parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
-        for model in replicas[1:]:
+        for model in replicas:
             for k, p in model.parameters.items():
                 p.data, p.grad = self.parameters[k].data, None
         if len(replicas) == 1:
-            return share_of(self.model, parts[0])
-        shares = list(self.pool.map(share_of, replicas, parts))
-        for model in replicas[1:]:
-            for k, p in model.parameters.items():
-                self.parameters[k].grad += p.grad
-        return sum(loss for loss, _ in shares), sum(right for _, right in shares)
+            loss, right = share_of(self.model, parts[0])
+        else:
+            shares = list(self.pool.map(share_of, replicas, parts))
+            loss, right = (sum(a) for a in zip(*shares))
+            for numbers in self.gradient[1 : len(replicas)]:
+                self.gradient[0] += numbers
+        for k, p in self.parameters.items():
+            if p.grad is not p.room:
+                raise ValueError(f"the loss does not depend on {k}")
+        return loss, right
 
     def train_step(self):
         """One update; loss, right answers, gradient norm (all on the device) and rate factor."""
-        loss, right = self.gradients(*self.batch(self.ranks.rank, self.ranks.size))
-        loss, right = self.ranks.sum_gradients(self.parameters, loss, right)
-        norm = optimizers.clip_gradients(self.parameters, self.config.clip)
-        factor = optimizers.schedule(
-            self.step, self.steps, min(self.config.warmup, self.steps // 2)
-        )
+        choice, rate = self.choose(self.ranks.rank, self.ranks.size), self.rate(self.step)
+        if self.graph is None:
+            results = self.whole_step(*choice, rate)
+        else:
+            results = self.graph(*choice, self.rates[self.step % self.steps_per_epoch])
         self.step += 1
+        return *results, rate[0]
+
+    def rate(self, step):
+        """The factor on the learning rates, and t = 1, 2, … of a step."""
+        warmup = min(self.config.warmup, self.steps // 2)
+        return optimizers.schedule(step, self.steps, warmup), step + 1
+
+    def whole_step(self, chosen, offsets, rate):
+        """What a step does on the device; `rate` are numbers, or an array (2,) of the device."""
+        loss, right = self.gradients(*self.images(chosen, offsets))
+        loss, right = self.ranks.sum_gradients(self.gradient[0], loss, right)
+        if not isinstance(rate, tuple):
+            rate = rate.astype(self.weights.dtype)
+        return loss, right, self.update(*rate)
+
+    def update(self, factor, t):
+        """Clips the gradients and changes the weights; returns the norm of the gradients."""
+        w, g = self.weights, self.gradient[0]
+        norm = optimizers.clip(g, self.config.clip)
         for optimizer, lr in self.optimizers:
-            optimizer.step(lr * factor, self.step)
-        for p in self.parameters.values():
-            p.grad = None
-        return loss, right, norm, factor
+            size = sum(p.size for p in optimizer.parameters.values())
+            optimizer.update(w[:size], g[:size], lr * factor, t)
+            w, g = w[size:], g[size:]
+        return norm
 
     def train(self, folder, stop):
         """Steps until the end, `--max-steps` or a signal; writes metrics.csv and checkpoints."""

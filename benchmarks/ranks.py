@@ -31,7 +31,6 @@ def child():
     """One rank: prints, from the first, the median milliseconds of the parts of a step."""
     import autograd as ag
     import machines
-    import optimizers
     import train
 
     ag.keep_freed_memory()
@@ -46,19 +45,12 @@ def child():
         parts[name].append(time.perf_counter() - start)
         return result
 
-    def update():
-        optimizers.clip_gradients(run.parameters, config.clip)
-        for optimizer, lr in run.optimizers:
-            optimizer.step(lr, run.step + 1)
-
     for _ in range(STEPS):
         loss, right = timed("gradients", lambda: run.gradients(*run.batch(ranks.rank, ranks.size)))
         if ranks.comm:
             ranks.comm.Barrier()
-        timed("sum", ranks.sum_gradients, run.parameters, loss, right)
-        timed("update", update)
-        for p in run.parameters.values():
-            p.grad = None
+        timed("sum", ranks.sum_gradients, run.gradient[0], loss, right)
+        timed("update", run.update, 1.0, run.step + 1)
         run.step += 1
     for _ in range(STEPS):
         timed("step", run.train_step)

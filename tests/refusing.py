@@ -13,14 +13,17 @@ It is stricter than CuPy where that helps: NumPy's own functions and `random` ar
 and batches are drawn on the CPU).  `counts` counts transfers and waits; `operations` the kernels
 that CuPy would launch, by a reading of its source (see `_count`), and the arithmetic of products.
 `cuda.cublas` emulates the functions of cuBLAS that the project calls, on the memory at the
-addresses it is given.
+addresses it is given.  While a stream records, nothing may be moved or waited for; what was done
+is undone at the end, and the graph repeats it on the same memory.
 """
 
+import contextlib as _contextlib
 import ctypes as _ctypes
 import types as _types
 
 import numpy as _np
 
+_tape = None  # while a stream records: [(what to repeat, the array it changes, its numbers before)]
 counts = {"to_device": 0, "to_host": 0, "waits": 0}
 operations = {"count": 0, "flops": 0}
 VIEWS = frozenset(
@@ -70,11 +73,28 @@ def _call(function, self=None):
         out = kwargs.get("out")
         kwargs = {k: _unwrap(v) for k, v in kwargs.items()}
         args = _unwrap(args)
+        before = None if out is None or _tape is None else out._a.copy()
         result = function(*args, **kwargs)
         _count(name, args if self is None else (self, *args), result, out)
-        return _wrap(result) if out is None else out
+        result = _wrap(result) if out is None else out
+        _record(lambda: _assign(result, function(*args, **kwargs)), out, before)
+        return result
 
     return call
+
+
+def _record(repeat, changed=None, before=None):
+    if _tape is not None:
+        _tape.append((repeat, changed, before))
+
+
+def _assign(arrays, results):
+    """The same operation as before, into the memory that it wrote to then."""
+    if isinstance(arrays, (list, tuple)):
+        for a, result in zip(arrays, results):
+            _assign(a, result)
+    elif isinstance(arrays, Array) and not _np.may_share_memory(arrays._a, results):
+        arrays._a[...] = results  # else a view, which is as it was
 
 
 def _count(name, args, result, out=None):
@@ -148,11 +168,17 @@ class Array:
         out = self._a[index]
         if isinstance(out, _np.generic):  # a 0-d view, where NumPy gives a scalar
             out = self._a[(*index, ...) if isinstance(index, tuple) else (index, ...)]
-        return Array(out)
+        out = Array(out)
+        _record(lambda: _assign(out, self._a[index]))
+        return out
 
     def __setitem__(self, index, value):
         operations["count"] += 1
-        self._a[_index(index)] = _unwrap(value)
+        index, value = _index(index), _unwrap(value)
+        _record(
+            lambda: self._a.__setitem__(index, value), self, _tape is not None and self._a.copy()
+        )
+        self._a[index] = value
 
     def __len__(self):
         return len(self._a)
@@ -168,6 +194,7 @@ class Array:
     def _scalar(self):
         if self.ndim:
             raise TypeError(f"only 0-d arrays become Python scalars, got shape {self.shape}")
+        _refuse_in_a_recording("waits for the device")
         counts["waits"] += 1
         return self._a[()]
 
@@ -181,6 +208,7 @@ class Array:
         return bool(self._scalar())
 
     def get(self):
+        _refuse_in_a_recording("moves an array to the host")
         counts["to_host"] += 1
         return self._a.copy()
 
@@ -199,9 +227,16 @@ def _method(name, inplace=False):
     def method(self, other):
         if not isinstance(other, Array) and getattr(other, "__array_ufunc__", 0) is None:
             return NotImplemented  # an object that asks for its own reflected operator
-        result = getattr(self._a, name)(_unwrap(other))
-        _count(name, (self._a, _unwrap(other)), result)
-        return self if inplace else _wrap(result)
+        operation, other = getattr(self._a, name), _unwrap(other)
+        before = self._a.copy() if inplace and _tape is not None else None
+        result = operation(other)
+        _count(name, (self._a, other), result)
+        if inplace:
+            _record(lambda: operation(other), self, before)
+            return self
+        result = _wrap(result)
+        _record(lambda: _assign(result, operation(other)))
+        return result
 
     return method
 
@@ -221,6 +256,7 @@ for _name in _ALONE:
 def array(a, dtype=None, copy=True):
     """An array of the device; from the host, a transfer."""
     if not isinstance(a, Array):
+        _refuse_in_a_recording("moves an array to the device")
         counts["to_device"] += 1
         a = Array(_np.array(a if isinstance(a, _np.ndarray) else _unwrap(a), dtype=dtype))
         if a.dtype.kind not in "biufc":
@@ -228,7 +264,14 @@ def array(a, dtype=None, copy=True):
         return a
     if not copy and dtype in (None, a.dtype):
         return a
-    return Array(_np.array(a._a, dtype=dtype))
+    result = Array(_np.array(a._a, dtype=dtype))
+    _record(lambda: _assign(result, a._a))
+    return result
+
+
+def _refuse_in_a_recording(what):
+    if _tape is not None:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
 
 
 def asarray(a, dtype=None):
@@ -276,8 +319,10 @@ def _gemm(dtype):
         assert _memory(alpha, 1, dtype) == 1 and _memory(beta, 1, dtype) == 0
         operations["count"] += 1
         operations["flops"] += 2 * count * m * n * k
-        product = (a.swapaxes(-1, -2) if transa else a) @ (b.swapaxes(-1, -2) if transb else b)
-        matrices(C, m, n, ldc, strideC, count)[...] = product
+        left, right = a.swapaxes(-1, -2) if transa else a, b.swapaxes(-1, -2) if transb else b
+        c = matrices(C, m, n, ldc, strideC, count)
+        _record(lambda: _np.matmul(left, right, out=c), Array(c), c.copy())
+        c[...] = left @ right
 
     def single(handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc):
         gemm(handle, transa, transb, m, n, k, alpha, A, lda, 0, B, ldb, 0, beta, C, ldc, 0, 1)
@@ -285,8 +330,51 @@ def _gemm(dtype):
     return single, gemm
 
 
+class _Stream:
+    """Records like a CUDA stream: what is done meanwhile is undone, and repeated by the graph."""
+
+    ptr = 0
+
+    def __init__(self, non_blocking=False):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def record(self):
+        return "event"
+
+    def wait_event(self, event):
+        assert event == "event"
+
+    def begin_capture(self):
+        global _tape
+        _tape = []
+
+    def end_capture(self):
+        global _tape
+        tape, _tape = _tape, None
+        for _, changed, before in reversed(tape):
+            if changed is not None:
+                changed._a[...] = before
+
+        def launch(stream):
+            operations["count"] += 1
+            for repeat, _, _ in tape:
+                repeat()
+
+        return _types.SimpleNamespace(launch=launch)
+
+
 ndarray, linalg = Array, _Linalg()
 cuda = _types.SimpleNamespace(
+    Stream=_Stream,
+    get_current_stream=_Stream,
+    MemoryPool=lambda: _types.SimpleNamespace(malloc=None),
+    using_allocator=lambda malloc: _contextlib.nullcontext(),
     device=_types.SimpleNamespace(get_cublas_handle=lambda: "handle"),
     cublas=_types.SimpleNamespace(
         **dict(zip(("sgemm", "sgemmStridedBatched"), _gemm(_np.dtype("f4")))),

@@ -14,6 +14,7 @@ from conftest import GPU, WHY
 
 import autograd as ag
 import baselines
+import devices
 import optimizers
 import osa_minimal as osa
 import products
@@ -114,6 +115,37 @@ def test_a_training_step_moves_nothing_and_never_waits(run):
         with cupyx.allow_synchronize(False):
             for _ in range(3):
                 run.train_step()  # else DeviceSynchronized
+
+
+def test_a_graph_of_the_step_trains_as_its_kernels_do(run, small, monkeypatch):
+    if run.xp is refusing:  # there is no libcublas to be found
+        monkeypatch.setattr(devices, "RecordableBlas", lambda xp, stream: xp.cuda.cublas)
+    arguments = ["--out", "unused", "--graph"]
+    config, args = run.config, train.parse(arguments)[1]
+    args.data = small
+    try:
+        graph = train.Run(config, args, run.xp, "a device")
+    except train.UserError as error:
+        assert "tokens are more than 2 d_v" in str(error) and config.patch == 2
+        return
+    graph.train_step()  # of `run`, the fixture has made the first step
+    kept = []
+    for _ in range(run.steps_per_epoch + 2):  # into the next epoch: other images, other rates
+        wanted, before = run.train_step(), refusing.operations["count"]
+        results = graph.train_step()
+        if run.xp is refusing and graph.step % graph.steps_per_epoch > 2:
+            launches = refusing.operations["count"] - before
+            assert launches < 12
+        # The same kernels; t and the rate are rounded to float32 in the graph alone.
+        for a, b in zip(results, wanted):
+            assert float(a) == pytest.approx(float(b), rel=2e-5)
+        kept.append((results, [float(a) for a in results]))
+    for results, numbers in kept:  # not overwritten by the next replay
+        assert [float(a) for a in results] == numbers
+    for name, p in run.parameters.items():
+        close = {"rtol": 0, "atol": 1e-5 * max(1, float(abs(p.data).max()))}
+        np.testing.assert_allclose(graph.parameters[name].data.get(), p.data.get(), **close)
+    graph.pool.shutdown()
 
 
 @pytest.mark.parametrize("dtype, most", [(np.float32, 44), (np.float64, 60)])

@@ -415,7 +415,7 @@ def test_logging_does_not_change_the_weights(trained, small, tmp_path):
 def test_rows_after_a_signal_average_as_many_steps_as_without_it(small, tmp_path, monkeypatch):
     arguments = [*SMALL, "--log-every", 2, "--data", small]
     succeed(*arguments, "--max-steps", 6, "--out", tmp_path / "whole")
-    clip, calls = optimizers.clip_gradients, []
+    clip, calls = optimizers.clip, []
 
     def third(*args):
         calls.append(args)
@@ -423,7 +423,7 @@ def test_rows_after_a_signal_average_as_many_steps_as_without_it(small, tmp_path
             os.kill(os.getpid(), signal.SIGINT)
         return clip(*args)
 
-    monkeypatch.setattr(optimizers, "clip_gradients", third)
+    monkeypatch.setattr(optimizers, "clip", third)
     assert cli(*arguments, "--out", tmp_path / "parts").code == 130
     succeed("--resume", tmp_path / "parts", "--max-steps", 6, "--device", "cpu")  # and --log-every
     rows, wanted = rows_of(tmp_path / "parts"), rows_of(tmp_path / "whole")
