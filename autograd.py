@@ -22,6 +22,7 @@ from devices import (  # noqa: F401
     Graph,
     batch_parts,
     find_device,
+    fused,
     keep_freed_memory,
     parallel,
     product,
@@ -348,14 +349,21 @@ def leaky_relu(a, slope, gain=1.0):
     if not (0 <= slope <= 1 and gain > 0):
         raise ValueError(f"slope must be in 0 … 1 and gain positive, got {slope} and {gain}")
     (a,) = _tensors(a)
-    xp = array_module(a)
-    out = xp.asarray(a.data * gain)  # NumPy makes a number of a 0-d product
-    xp.maximum(out, a.data * (gain * slope), out=out)
+    xp, low, rise = array_module(a), gain * slope, gain * (1 - slope)
+    if xp is np or a.dtype.kind != "f":
+        out = xp.asarray(a.data * gain)  # NumPy makes a number of a 0-d product
+        xp.maximum(out, a.data * low, out=out)
+    else:
+        kernel = fused(xp, "T a, T gain, T low", "T out", "out = max(a * gain, a * low)")
+        out = kernel(a.data, gain, low)
 
-    def vjp(g):  # g · (gain or gain · slope); arithmetic on the mask is 6 times faster than `where`
+    def vjp(g):  # g · (low or gain); arithmetic on the mask is 6 times faster than `where`
+        if xp is not np:
+            code = "d = g * ((out > 0) * rise + low)"
+            return fused(xp, "T g, T out, T rise, T low", "T d", code)(g, out, rise, low)
         derivative = (out > 0).astype(g.dtype)
-        derivative *= gain * (1 - slope)
-        derivative += gain * slope
+        derivative *= rise
+        derivative += low
         derivative *= g
         return derivative
 

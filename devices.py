@@ -137,6 +137,19 @@ def parallel(f, *iterables):
     return list(_pool(threads).map(f, *iterables))
 
 
+# ------------------------------------------------------------------------------------ fused kernels
+
+
+@functools.cache
+def fused(xp, inputs, outputs, code):
+    """A `cupy.ElementwiseKernel`: a formula over arrays, in CUDA's C++, as one kernel.
+
+    Beside each stands the same in NumPy.  `cupy.fuse` would make it of that, but (CuPy 14) rounds
+    Python's numbers among the arguments to float16.
+    """
+    return xp.ElementwiseKernel(inputs, outputs, code, "fused")
+
+
 # ---------------------------------------------------------------------------------- matrix products
 
 # The numbers 1 and 0 in each dtype, which cuBLAS reads at their addresses.

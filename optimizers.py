@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from autograd import array_module
+from autograd import array_module, fused
 from products import product
 
 
@@ -85,6 +85,17 @@ def _check(parameters, t):
             raise ValueError(f"the gradient of {name} has shape {shape}, the parameter {p.shape}")
 
 
+# AdamW's update as one kernel: inputs, outputs, code.
+ADAMW = (
+    "T g, T p1, T p2, T c1, T c2, T lr, T eps, T decay",
+    "T w, T m, T v",
+    """
+        m += p1 * (g - m);
+        v += p2 * (g * g - v);
+        w -= lr * ((m / c1) / (sqrt(v / c2) + eps) + decay * w)""",
+)
+
+
 class Optimizer:
     """What AdamW and Muon share: a step is an update of joined parameters."""
 
@@ -110,11 +121,14 @@ class AdamW(Optimizer):
 
     def update(self, w, g, lr, t):
         """`step` for joined parameters w and gradients g (n,); w is changed in place."""
-        (b1, b2), m, v = self.betas, self.m, self.v
+        (b1, b2), m, v, xp = self.betas, self.m, self.v, array_module(w)
+        c1, c2, decay = 1 - b1**t, 1 - b2**t, self.weight_decay
+        if xp is not np:
+            fused(xp, *ADAMW)(g, 1 - b1, 1 - b2, c1, c2, lr, self.eps, decay, w, m, v)
+            return
         m += (1 - b1) * (g - m)
         v += (1 - b2) * (g * g - v)
-        update = (m / (1 - b1**t)) / (array_module(v).sqrt(v / (1 - b2**t)) + self.eps)
-        w -= lr * (update + self.weight_decay * w)
+        w -= lr * ((m / c1) / (np.sqrt(v / c2) + self.eps) + decay * w)
 
 
 def _tall(M):
