@@ -280,8 +280,9 @@ class Graph:
         try:
             self.results = self.function(*self.arrays)
         finally:
-            self.graph = self.stream.end_capture()
+            graph = self.stream.end_capture()
             _cublas.reset(token)
+        self.graph = graph
 
 
 class RecordableBlas:

@@ -358,6 +358,8 @@ class Run:
         tokens, most = (self.size // c.patch) ** 2, 2 * c.width // c.heads
         if self.xp is np:
             raise UserError("--graph: CUDA graphs need a GPU; leave it out on a CPU")
+        if sys.platform != "linux":
+            raise UserError("--graph: CUDA graphs are recorded on Linux alone")
         if self.ranks.size > 1:
             raise UserError("--graph: the gradients of several ranks are not summed by one GPU")
         if c.attention == "osa" and tokens > most:

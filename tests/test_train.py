@@ -389,7 +389,7 @@ def test_the_summary_alone_is_enough_to_repeat_a_run_to_the_bit(small, tmp_path)
     for name, value in repeat["config"].items():
         option = "--" + name.replace("_", "-")
         arguments += [option] * value if isinstance(value, bool) else [option, value]
-    arguments += ["--data", repeat["data"], "--threads", repeat["threads"]]
+    arguments += ["--data", repeat["data"], "--threads", repeat["threads"], "--device", "cpu"]
     succeed(*arguments, "--max-steps", summary["steps"], "--out", tmp_path / "b")
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
     assert {"python", "numpy", "git_commit", "processor", "device", "data_crc32"} <= set(repeat)
@@ -604,6 +604,7 @@ REFUSED = {
     "no threads": ("--threads 0", ["--threads", "'0'"]),
     "threads in an exotic digit": ("--threads ²", ["--threads"]),
     "no steps": ("--max-steps 0", ["--max-steps", "'0'"]),
+    "a graph without a GPU": ("--graph", ["--graph", "GPU"]),
     "logging at no step": ("--log-every 0", ["--log-every", "'0'"]),
     "negative max-steps": ("--max-steps -3", ["--max-steps"]),
     "resume and eval": ("--resume a --eval b", ["--resume", "--eval"]),
