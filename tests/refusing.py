@@ -102,7 +102,8 @@ def _count(name, args, result, out=None):
 
     A view takes none, a copy that NumPy too would have to make one.  A batched product copies
     operands that are not contiguous, and takes three tables of pointers where it broadcasts; a
-    concatenation copies up to eight arrays one by one.
+    concatenation copies up to eight arrays one by one, and moves tables of their addresses there
+    for more.
     """
     kernels = 1
     if name in VIEWS:
@@ -119,6 +120,9 @@ def _count(name, args, result, out=None):
         kernels += out is not None and not out._a.flags.c_contiguous
     elif name == "concatenate":
         kernels = len(args[0]) if len(args[0]) <= 8 else 1
+        if len(args[0]) > 8:
+            _refuse_in_a_recording("moves tables of addresses to the device")
+            counts["to_device"] += 3
     elif name == "cholesky":
         kernels = 3 + result.ndim - 2  # a copy, pointers, the factorisation, the lower triangle
     elif name == "inv":
