@@ -2,6 +2,7 @@
 threads for parts of a batch on the one, cuBLAS without detours and CUDA graphs on the other.
 """
 
+import contextlib
 import contextvars
 import ctypes
 import functools
@@ -41,7 +42,10 @@ def _module_of(kind):
         return None
     if not hasattr(kind, "dtype") or not hasattr(kind, "shape"):
         raise TypeError(f"expected a NumPy or CuPy array, got {kind.__name__}")
-    return sys.modules[kind.__module__.partition(".")[0]]
+    module = sys.modules[kind.__module__.partition(".")[0]]
+    if not hasattr(module, "ndarray"):
+        raise TypeError(f"expected a NumPy or CuPy array, got {kind.__name__}")
+    return module
 
 
 def to_cpu(a):
@@ -174,15 +178,15 @@ def product(A, B, out=None):
     shape, sizes, a, b, c = _plan(A.shape, A.strides, B.shape, B.strides, C_strides, A.itemsize)
     if out is not None and out.shape != shape:
         raise ValueError(f"out must have shape {shape}, got {out.shape}")
+    if c is None or (out is not None and out.dtype != A.dtype):
+        out[...] = product(A, B)
+        return out
     if a is None or b is None:
         A, B = (
             M if plan else xp.ascontiguousarray(xp.broadcast_to(M, shape[:-2] + M.shape[-2:]))
             for M, plan in ((A, a), (B, b))
         )
         return product(A, B, out)
-    if c is None:
-        out[...] = product(A, B)
-        return out
     C = xp.empty(shape, A.dtype) if out is None else out
     name = ("sgemm" if A.itemsize == 4 else "dgemm") + ("" if len(a) == 1 else "StridedBatched")
     one = ADDRESS[A.dtype]
@@ -230,10 +234,12 @@ def _layout(shape, strides, itemsize):
             if stride != following:
                 return None  # the matrices do not lie at one distance
             following = stride * length
+    if matrices is not None and matrices < 0:
+        return None
     if (column == 1 or m == 1) and (row >= m or n == 1):
-        return 0, max(row, m), matrices or 0
+        return 0, m if n == 1 else row, matrices or 0
     if (row == 1 or n == 1) and (column >= n or m == 1):
-        return 1, max(column, n), matrices or 0
+        return 1, n if m == 1 else column, matrices or 0
     return None
 
 
@@ -258,17 +264,21 @@ class Graph:
 
     def __call__(self, *arrays):
         xp, outside = self.xp, self.xp.cuda.get_current_stream()
+        form = [(a.shape, a.dtype) for a in arrays]
+        if self.arrays is not None and form != [(a.shape, a.dtype) for a in self.arrays]:
+            raise ValueError(f"a graph takes arrays like those of its first call, got {form}")
         self.stream.wait_event(outside.record())
         with self.stream:
             with xp.cuda.using_allocator(self.pool.malloc):
                 if self.arrays is None:  # as usual: compiles, moves constants, fills the pool
-                    self.arrays = [xp.array(a) for a in arrays]
-                    self.results = self.function(*self.arrays)
+                    copies = [xp.array(a) for a in arrays]
+                    self.results = self.function(*copies)
+                    self.arrays = copies
                 else:
                     for mine, a in zip(self.arrays, arrays):
                         mine[...] = a
                     if self.graph is None:
-                        self.record()
+                        self.graph, self.results = self.record()
                     self.graph.launch(self.stream)
             results = [xp.array(a) for a in self.results]  # in memory that no replay writes to
         outside.wait_event(self.stream.record())
@@ -278,11 +288,14 @@ class Graph:
         token = _cublas.set(RecordableBlas(self.xp, self.stream))
         self.stream.begin_capture()
         try:
-            self.results = self.function(*self.arrays)
+            results = self.function(*self.arrays)
+        except BaseException:
+            with contextlib.suppress(Exception):  # what went wrong first is what matters
+                self.stream.end_capture()
+            raise
         finally:
-            graph = self.stream.end_capture()
             _cublas.reset(token)
-        self.graph = graph
+        return self.stream.end_capture(), results
 
 
 class RecordableBlas:

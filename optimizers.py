@@ -102,6 +102,8 @@ class Optimizer:
     def step(self, lr, t):
         """One update with learning rate `lr`; t = 1, 2, … counts the updates."""
         _check(self.parameters, t)
+        if not self.parameters:
+            return
         w = _data(self.parameters)
         self.update(w, joined([p.grad for p in self.parameters.values()]), lr, t)
         for p, part in zip(self.parameters.values(), parts(w, self.parameters)):
@@ -124,6 +126,7 @@ class AdamW(Optimizer):
         (b1, b2), m, v, xp = self.betas, self.m, self.v, array_module(w)
         c1, c2, decay = 1 - b1**t, 1 - b2**t, self.weight_decay
         if xp is not np:
+            g = g.astype(w.dtype, copy=False)
             fused(xp, *ADAMW)(g, 1 - b1, 1 - b2, c1, c2, lr, self.eps, decay, w, m, v)
             return
         m += (1 - b1) * (g - m)

@@ -54,7 +54,7 @@ class UserError(Exception):
 
 @dataclasses.dataclass
 class Config:
-    """What determines the weights, with data, threads and ranks; the defaults are "mnist"."""
+    """What determines the weights, with data, threads, ranks, --graph; the defaults are "mnist"."""
 
     preset: str = "mnist"
     attention: str = "osa"
@@ -439,7 +439,9 @@ class Run:
 
     def lay_out(self):
         """All weights in one array and all gradients in another, optimiser by optimiser, so that
-        what is done to all of them is one operation; of each replica, the gradients."""
+        what is done to all of them is one operation; again, if weights were replaced since."""
+        if [id(p.data) for p in self.parameters.values()] == [id(piece) for piece in self.pieces]:
+            return
         names = [k for optimizer, _ in self.optimizers for k in optimizer.parameters]
         ordered = {k: self.parameters[k] for k in names}
         self.weights = optimizers.joined([p.data for p in ordered.values()])
@@ -452,6 +454,7 @@ class Run:
             parameters = model.parameters
             for k, room in zip(names, optimizers.parts(numbers, ordered)):
                 parameters[k].room = room
+        self.graph = self.new_graph() if self.args.graph else None
 
     def gradients(self, images, labels):
         """Fills `.grad` with those of the loss; returns the loss and the number right.
@@ -468,8 +471,7 @@ class Run:
             loss.backward()
             return loss.data, (logits.data.argmax(axis=1) == y).sum()
 
-        if [id(p.data) for p in self.parameters.values()] != [id(piece) for piece in self.pieces]:
-            self.lay_out()
+        self.lay_out()
         replicas = self.replicas[: len(labels)]
         ends = [len(labels) * i // len(replicas) for i in range(len(replicas) + 1)]
         parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
@@ -490,6 +492,7 @@ class Run:
 
     def train_step(self):
         """One update; loss, right answers, gradient norm (all on the device) and rate factor."""
+        self.lay_out()
         choice, rate = self.choose(self.ranks.rank, self.ranks.size), self.rate(self.step)
         if self.graph is None:
             results = self.whole_step(*choice, rate)
@@ -567,6 +570,7 @@ def repetition(run):
         "data": run.args.data,
         "data_crc32": run.digest,
         "ranks": run.ranks.size,
+        "graph": run.args.graph,
         **report.environment(run),
     }
 

@@ -31,6 +31,9 @@ VIEWS = frozenset(
     reshape result_type split squeeze swapaxes transpose""".split()
 )
 
+# What CuPy refuses while a stream records, or could not be recorded: besides, all of `linalg`.
+UNRECORDED = frozenset("matmul __matmul__ dot tensordot einsum nonzero unique argwhere".split())
+
 # Public callables and types of NumPy 2.4 that CuPy 14.0.1 lacks, found by comparing dir() of both.
 MISSING = frozenset(
     """asmatrix block bmat busday_count busday_offset busdaycalendar bytes_ char character
@@ -70,14 +73,17 @@ def _call(function, self=None):
     name = getattr(function, "__name__", "")
 
     def call(*args, **kwargs):
+        if name in UNRECORDED:
+            _refuse_in_a_recording(f"{name} calls a library, or waits")
         out = kwargs.get("out")
+        changed = args[0] if name == "copyto" else out
         kwargs = {k: _unwrap(v) for k, v in kwargs.items()}
         args = _unwrap(args)
-        before = None if out is None or _tape is None else out._a.copy()
+        before = None if changed is None or _tape is None else changed._a.copy()
         result = function(*args, **kwargs)
         _count(name, args if self is None else (self, *args), result, out)
         result = _wrap(result) if out is None else out
-        _record(lambda: _assign(result, function(*args, **kwargs)), out, before)
+        _record(lambda: _assign(result, function(*args, **kwargs)), changed, before)
         return result
 
     return call
@@ -231,6 +237,8 @@ def _method(name, inplace=False):
     def method(self, other):
         if not isinstance(other, Array) and getattr(other, "__array_ufunc__", 0) is None:
             return NotImplemented  # an object that asks for its own reflected operator
+        if name in UNRECORDED:
+            _refuse_in_a_recording("@ calls cuBLAS")
         operation, other = getattr(self._a, name), _unwrap(other)
         before = self._a.copy() if inplace and _tape is not None else None
         result = operation(other)
@@ -291,6 +299,7 @@ def _lookup(module, missing, name):
 
 class _Linalg:
     def __getattr__(self, name):
+        _refuse_in_a_recording(f"linalg.{name} calls cuSOLVER")
         return _lookup(_np.linalg, MISSING_LINALG, name)
 
     def solve(self, a, b):
@@ -320,6 +329,8 @@ def _gemm(dtype):
         a = matrices(A, *((k, m) if transa else (m, k)), lda, strideA, count)
         b = matrices(B, *((n, k) if transb else (k, n)), ldb, strideB, count)
         assert handle == "handle"
+        for x in (a, b):
+            assert not _np.shares_memory(matrices(C, m, n, ldc, strideC, count), x)
         assert _memory(alpha, 1, dtype) == 1 and _memory(beta, 1, dtype) == 0
         operations["count"] += 1
         operations["flops"] += 2 * count * m * n * k
@@ -335,7 +346,7 @@ def _gemm(dtype):
 
 
 class ElementwiseKernel:
-    """Runs the code as Python: of C++, only what reads the same there, and `max` of numbers."""
+    """Runs the code as Python: of C++, only what reads the same there."""
 
     def __init__(self, inputs, outputs, code, name):
         self.inputs, self.outputs = (
@@ -356,10 +367,8 @@ class ElementwiseKernel:
         before = [a._a.copy() for a in given] if _tape is not None else []
 
         def run():
-            known = {"max": _np.maximum, "sqrt": _np.sqrt}
-            known |= dict(zip(self.inputs, values)) | {
-                name: a._a for name, a in zip(self.outputs, outputs)
-            }
+            known = {"sqrt": _np.sqrt} | dict(zip(self.inputs, values))
+            known |= {name: a._a for name, a in zip(self.outputs, outputs)}
             exec(self.code, known)
             for name, a in zip(self.outputs, outputs):
                 a._a[...] = known[name]
@@ -413,16 +422,25 @@ class _Stream:
 
 
 ndarray, linalg = Array, _Linalg()
+recordable_cublas = _types.SimpleNamespace(  # `devices.RecordableBlas`
+    **dict(zip(("sgemm", "sgemmStridedBatched"), _gemm(_np.dtype("f4")))),
+    **dict(zip(("dgemm", "dgemmStridedBatched"), _gemm(_np.dtype("f8")))),
+)
+
+
+class _Cublas:
+    def __getattr__(self, name):
+        _refuse_in_a_recording("CuPy does not call cuBLAS then")
+        return getattr(recordable_cublas, name)
+
+
 cuda = _types.SimpleNamespace(
     Stream=_Stream,
     get_current_stream=_Stream,
     MemoryPool=lambda: _types.SimpleNamespace(malloc=None),
     using_allocator=lambda malloc: _contextlib.nullcontext(),
     device=_types.SimpleNamespace(get_cublas_handle=lambda: "handle"),
-    cublas=_types.SimpleNamespace(
-        **dict(zip(("sgemm", "sgemmStridedBatched"), _gemm(_np.dtype("f4")))),
-        **dict(zip(("dgemm", "dgemmStridedBatched"), _gemm(_np.dtype("f8")))),
-    ),
+    cublas=_Cublas(),
 )
 
 

@@ -109,7 +109,11 @@ def test_float32_stays_float32_forward_and_backward(name, xp):
 
 
 @pytest.mark.parametrize("narrow", [0, 1])
-@pytest.mark.parametrize("f", [ag.add, ag.divide, ag.matmul, lambda *t: ag.concatenate(t)])
+@pytest.mark.parametrize(
+    "f",
+    [ag.add, ag.divide, ag.matmul, lambda *t: ag.concatenate(t),
+     lambda a, b: ag.leaky_relu(a, 0.1) * ag.leaky_relu(b, 0.1)],
+)  # fmt: skip
 def test_a_gradient_has_the_dtype_of_its_tensor_beside_a_wider_one(f, narrow, xp, rng):
     arrays = [xp.asarray(positive(rng, (3, 3))) for _ in range(2)]
     arrays[narrow] = arrays[narrow].astype(np.float32)

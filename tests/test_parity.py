@@ -119,7 +119,7 @@ def test_a_training_step_moves_nothing_and_never_waits(run):
 
 def test_a_graph_of_the_step_trains_as_its_kernels_do(run, small, monkeypatch):
     if run.xp is refusing:  # there is no libcublas to be found
-        monkeypatch.setattr(devices, "RecordableBlas", lambda xp, stream: xp.cuda.cublas)
+        monkeypatch.setattr(devices, "RecordableBlas", lambda xp, stream: xp.recordable_cublas)
     arguments = ["--out", "unused", "--graph"]
     config, args = run.config, train.parse(arguments)[1]
     args.data = small
@@ -130,10 +130,14 @@ def test_a_graph_of_the_step_trains_as_its_kernels_do(run, small, monkeypatch):
         return
     graph.train_step()  # of `run`, the fixture has made the first step
     kept = []
-    for _ in range(run.steps_per_epoch + 2):  # into the next epoch: other images, other rates
+    for step in range(run.steps_per_epoch + 2):  # into the next epoch: other images, other rates
+        if step in (0, 6):  # weights from elsewhere, before the recording and after
+            for trained in (run, graph):
+                p = trained.parameters["W_C"]
+                p.data = 0.9 * p.data
         wanted, before = run.train_step(), refusing.operations["count"]
         results = graph.train_step()
-        if run.xp is refusing and graph.step % graph.steps_per_epoch > 2:
+        if run.xp is refusing and step in (3, 4, 5):
             launches = refusing.operations["count"] - before
             assert launches < 12
         # The same kernels; t and the rate are rounded to float32 in the graph alone.
@@ -146,6 +150,30 @@ def test_a_graph_of_the_step_trains_as_its_kernels_do(run, small, monkeypatch):
         close = {"rtol": 0, "atol": 1e-5 * max(1, float(abs(p.data).max()))}
         np.testing.assert_allclose(graph.parameters[name].data.get(), p.data.get(), **close)
     graph.pool.shutdown()
+
+
+def test_a_graph_goes_on_after_an_error_as_if_nothing_had_been(device, monkeypatch):
+    if device is refusing:
+        monkeypatch.setattr(devices, "RecordableBlas", lambda xp, stream: xp.recordable_cublas)
+    total, calls = device.asarray(np.zeros(2)), []
+
+    def add(a):
+        calls.append(a)
+        if len(calls) in (1, 3):
+            raise KeyError("the first call, and the first recording")
+        total.__iadd__(a)
+        return [2 * total]
+
+    graph, one = devices.Graph(device, add), device.asarray(np.ones(2))
+    for wanted in (None, 2, None, 4, 6, 8):
+        if wanted is None:
+            with pytest.raises(KeyError):
+                graph(one)
+        else:
+            assert graph(one)[0].get().tolist() == [wanted, wanted]
+    assert len(calls) == 4 and devices._cublas.get() is None
+    with pytest.raises(ValueError, match="first call"):
+        graph(device.asarray(np.ones(1)))
 
 
 @pytest.mark.parametrize("dtype, most", [(np.float32, 44), (np.float64, 60)])
@@ -202,6 +230,7 @@ LAYOUTS = {
     "heads last": lambda M: M.swapaxes(-3, -2).copy().swapaxes(-3, -2),
     "one for the whole batch": lambda M: M[:1],
     "backwards": lambda M: M[..., ::-1, :].copy()[..., ::-1, :],
+    "matrices backwards": lambda M: M[:, ::-1].copy()[:, ::-1],
 }
 
 
@@ -242,6 +271,21 @@ def test_products_of_two_dtypes_are_those_of_the_wider(rng, device):
         got = products.product(device.asarray(a), device.asarray(b)).get()
         assert got.dtype == (a @ b).dtype
         np.testing.assert_allclose(got, a @ b, rtol=0, atol=16 * 5 * EPS[np.float64])
+
+
+def test_the_product_into_an_array_of_another_dtype_or_shape(rng, device):
+    A, B = rng.standard_normal((2, 3, 5, 5)).astype(np.float32)
+    a, b, out = device.asarray(A), device.asarray(B), device.asarray(np.zeros((3, 5, 5)))
+    assert products.product(a, b, out=out) is out
+    np.testing.assert_allclose(out.get(), A @ B, rtol=0, atol=16 * 5 * EPS[np.float32])
+    with pytest.raises(ValueError, match="out must have shape"):
+        products.product(a, b, out=device.asarray(np.zeros((3, 5, 4), np.float32)))
+
+
+def test_one_row_is_described_by_its_length_whatever_its_stride():
+    row = devices._layout((2, 1, 3), (12, 2**40, 4), 4)
+    column = devices._layout((2, 3, 1), (12, 4, 2**40), 4)
+    assert row == (0, 3, 3) and column[1] < 2**31
 
 
 @pytest.mark.parametrize("N", [7, 12, 24, 37, 48])
