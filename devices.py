@@ -148,8 +148,8 @@ def parallel(f, *iterables):
 def fused(xp, inputs, outputs, code):
     """A `cupy.ElementwiseKernel`: a formula over arrays, in CUDA's C++, as one kernel.
 
-    Beside each stands the same in NumPy.  `cupy.fuse` would make it of that, but (CuPy 14) rounds
-    Python's numbers among the arguments to float16.
+    Beside each stands the same in NumPy.  `cupy.fuse` would make it of that, but (CuPy 14) computes
+    in float16 what is between two of Python's numbers, 1 − β₁ for instance.
     """
     return xp.ElementwiseKernel(inputs, outputs, code, "fused")
 
@@ -301,7 +301,7 @@ class Graph:
 class RecordableBlas:
     """cuBLAS's own products under the names and signatures of `cupy.cuda.cublas`.
 
-    CuPy (14) refuses to call cuBLAS while a stream is recorded; cuBLAS itself allows it.
+    CuPy (14) refuses to call cuBLAS while a stream is recorded; NVIDIA's documentation allows it.
     """
 
     def __init__(self, xp, stream):
