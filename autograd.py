@@ -26,7 +26,6 @@ from devices import (  # noqa: F401
     keep_freed_memory,
     parallel,
     product,
-    thread_count,
     to_cpu,
 )
 

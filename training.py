@@ -172,8 +172,9 @@ class Run:
         self.pool = ThreadPoolExecutor(self.threads)
         self.parameters = self.model.parameters
         self.optimizers = make_optimizers(config, self.parameters)
-        self.pieces = ()  # see `lay_out`
-        self.graph = self.new_graph() if args.graph else None
+        self.pieces, self.graph = (), None  # see `lay_out`
+        if args.graph:
+            self.check_graph()
         self.measures = any(k.endswith(".alpha") for k in self.parameters)  # S exists
         self.step, self.seconds, self.worst_error, self.largest_s = 0, 0.0, 0.0, 0.0
         self.log_every = args.log_every or meta.get("log_every") or 50
@@ -183,8 +184,8 @@ class Run:
         else:
             self.restore(*saved)
 
-    def new_graph(self):
-        """The whole step as a CUDA graph; refuses what could not be recorded."""
+    def check_graph(self):
+        """Refuses --graph where a step could not be recorded."""
         c = self.config
         tokens, most = (self.size // c.patch) ** 2, 2 * c.width // c.heads
         if self.xp is np:
@@ -198,7 +199,6 @@ class Run:
                 f"--graph: {tokens} tokens are more than 2 d_v = {most}, and CuPy cannot record "
                 "the Cholesky factors that OSA then needs; leave it out, or take a larger --patch"
             )
-        return ag.Graph(self.xp, self.whole_step)
 
     def state(self):
         """Every array that training changes, by name, on the CPU."""
@@ -285,7 +285,7 @@ class Run:
             parameters = model.parameters
             for k, room in zip(names, optimizers.parts(numbers, ordered)):
                 parameters[k].room = room
-        self.graph = self.new_graph() if self.args.graph else None
+        self.graph = ag.Graph(self.xp, self.whole_step) if self.args.graph else None
 
     def gradients(self, images, labels):
         """Fills `.grad` with those of the loss; returns the loss and the number right.

@@ -259,7 +259,7 @@ def step(card, presets=(("mnist", []), ("wide", WIDE))):
             row = {"kernel_launches": {"ours": card.launches(run.train_step)}}
             own = float(run.gradients(images, labels)[0])
             if card.on_gpu:
-                args.graph = True
+                _, args, _ = train.parse(["--graph"])
                 with contextlib.suppress(train.UserError):  # a step that CuPy cannot record
                     recorded = train.Run(config, args, card.xp, "benchmark")
                     times["ours, CUDA graph"] = card.seconds(recorded.train_step)
