@@ -11,28 +11,56 @@ how Orthogonal Self-Attention is plugged in.  The gradients are checked by `grad
 
 import contextlib
 import contextvars
+import functools
 import math
+import sys
 
 import numpy as np
 
-import devices
-
-# What belongs to the arrays is offered here as well: `ag.to_cpu`, `ag.parallel`, …
-from devices import (  # noqa: F401
-    Graph,
-    batch_parts,
-    find_device,
-    fused,
-    keep_freed_memory,
-    parallel,
-    product,
-    to_cpu,
-)
+# ------------------------------------------------------------------------------------------ arrays
 
 
 def array_module(*arrays):
-    """The module (`numpy` or `cupy`) that the arrays, or the tensors' arrays, belong to."""
-    return devices.array_module(*(a.data if isinstance(a, Tensor) else a for a in arrays))
+    """The module (`numpy` or `cupy`) that the arrays, or the tensors' arrays, belong to.
+
+    Python's numbers are ignored; with no array at all the answer is `numpy`.
+    Raises TypeError for something that is not an array, and for arrays of two modules.
+    """
+    found = None
+    for a in arrays:
+        module = _module_of(type(a.data if isinstance(a, Tensor) else a))
+        if found is not None and module not in (None, found):
+            raise TypeError(
+                f"arrays of {found.__name__} and {module.__name__} cannot be mixed; "
+                "move them to one device first"
+            )
+        found = found or module
+    return found or np
+
+
+@functools.cache
+def _module_of(kind):
+    """The array module that a class belongs to; None for Python's numbers."""
+    if issubclass(kind, (bool, int, float)):
+        return None
+    module = sys.modules[kind.__module__.partition(".")[0]]
+    if not (hasattr(kind, "dtype") and hasattr(kind, "shape") and hasattr(module, "ndarray")):
+        raise TypeError(f"expected a NumPy or CuPy array, got {kind.__name__}")
+    return module
+
+
+def to_cpu(a):
+    """A NumPy copy of a CuPy array (the device is waited for); a NumPy array as it is."""
+    return a.get() if hasattr(a, "get") else np.asarray(a)
+
+
+def product(A, B):
+    """A @ B for arrays (..., n, k) and (..., k, m).
+
+    Every matrix product of a tensor comes by here, so that a device may have it done in another
+    way: `fast` puts one in this place that spares CuPy's copies.
+    """
+    return A @ B
 
 
 # ------------------------------------------------------------------------------------ the graph
@@ -54,11 +82,10 @@ class Tensor:
     """An array, its gradient, and the operation that made it.
 
     data: a NumPy or CuPy array (anything else is converted by NumPy).
-    requires_grad: whether `backward` should fill `.grad` (an array of the same shape and dtype).
-    room: an array that `backward` puts a first gradient into; None for new memory.
+    requires_grad: whether `backward` should add to `.grad` (an array of the same shape and dtype).
     """
 
-    __slots__ = ("data", "grad", "room", "requires_grad", "_parents", "_backward")
+    __slots__ = ("data", "grad", "requires_grad", "_parents", "_backward")
     __array_ufunc__ = None  # let `array * Tensor` reach Tensor.__rmul__
 
     def __init__(self, data, requires_grad=False):
@@ -67,7 +94,7 @@ class Tensor:
         self.data = data if hasattr(data, "dtype") and hasattr(data, "ndim") else np.asarray(data)
         if requires_grad and self.data.dtype.kind != "f":
             raise TypeError(f"only floating-point tensors have gradients, got {self.data.dtype}")
-        self.grad = self.room = None
+        self.grad = None
         self.requires_grad = requires_grad
         self._parents = ()
         self._backward = None  # gradient of this tensor -> one gradient (or None) per parent
@@ -113,15 +140,10 @@ class Tensor:
         for node in reversed(topological_order(self)):
             g = grads.pop(id(node))
             if node._backward is None:  # a leaf: accumulate, in memory of its own
-                if g.dtype != node.dtype:  # beside a constant of a wider dtype
-                    g = g.astype(node.dtype)
-                if node.grad is not None:
-                    node.grad = node.grad + g
-                elif node.room is None:
-                    node.grad = xp.array(g)
+                if node.grad is None:
+                    node.grad = xp.array(g, dtype=node.dtype)
                 else:
-                    node.room[...] = g
-                    node.grad = node.room
+                    node.grad += g
                 continue
             if node._backward is _USED:
                 raise RuntimeError("part of this graph was freed by an earlier backward()")
@@ -348,21 +370,12 @@ def leaky_relu(a, slope, gain=1.0):
     if not (0 <= slope <= 1 and gain > 0):
         raise ValueError(f"slope must be in 0 … 1 and gain positive, got {slope} and {gain}")
     (a,) = _tensors(a)
-    xp, low, rise = array_module(a), gain * slope, gain * (1 - slope)
-    if xp is np or a.dtype.kind != "f":
-        out = xp.asarray(a.data * gain)  # NumPy makes a number of a 0-d product
-        xp.maximum(out, a.data * low, out=out)
-    else:
-        code = "out = a * ((a > 0) * rise + low)"
-        out = fused(xp, "T a, T rise, T low", "T out", code)(a.data, rise, low)
+    out = array_module(a).maximum(gain * a.data, (gain * slope) * a.data)
 
     def vjp(g):  # g · (low or gain); arithmetic on the mask is 6 times faster than `where`
-        if xp is not np and g.dtype == out.dtype:
-            code = "d = g * ((out > 0) * rise + low)"
-            return fused(xp, "T g, T out, T rise, T low", "T d", code)(g, out, rise, low)
         derivative = (out > 0).astype(g.dtype)
-        derivative *= rise
-        derivative += low
+        derivative *= gain * (1 - slope)
+        derivative += gain * slope
         derivative *= g
         return derivative
 

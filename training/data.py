@@ -1,7 +1,7 @@
 """Images and labels: the bundled MNIST, an .npz file of four arrays, or a folder of IDX files.
 
-Everything is read without pickle, and what a header declares is checked before memory is taken
-for it.  Random choices are drawn from the NumPy generator that the caller passes, on the CPU, so
+Everything is read without pickle, and what a file declares is checked before memory is taken for
+it.  Random choices are drawn from the NumPy generator that the caller passes, on the CPU, so
 both devices see the same images in the same order.
 """
 
@@ -10,14 +10,15 @@ import hashlib
 import math
 import os
 import struct
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from autograd import array_module
-from checkpoint import read_bytes, read_npz, reading
+from training.checkpoint import reading
 
-BUNDLED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mnist.npz")
+BUNDLED = str(Path(__file__).resolve().parent.parent / "data" / "mnist.npz")
 SHA256 = "a7ca5941ed14a4e275a85c70d92dc1ec30216050a9a8efb4cd648939b6ce6b80"
 SIZE = 9_477_731
 LIMIT = 2**30  # bytes of one data set, unpacked
@@ -65,7 +66,7 @@ def load(path=None):
         arrays = {key: _read_idx(path, key) for key in IDX}
     elif os.path.isfile(path) and path.endswith(".npz"):
         with reading(path, DataError, EXPECTED):
-            arrays = read_npz(path, LIMIT, _check_header)
+            arrays = _read_npz(path)
     else:
         what = "is not an .npz file" if os.path.exists(path) else "no such file or folder"
         raise DataError(f"{path}: {what}; expected an .npz file or a folder of IDX files")
@@ -149,6 +150,37 @@ def crops(x, chosen, offsets, size):
     return x[chosen[:, None, None], rows, columns]
 
 
+class Batches:
+    """The images of each step, in an order drawn from the seed and the epoch, each moved by up to
+    `shift` pixels; of one of several ranks its slice.  They live on the device, and so do the
+    orders, moved there once per epoch."""
+
+    def __init__(self, x, y, config, xp=np, rank=0, ranks=1):
+        self.shift, self.seed, self.xp, self.epoch = config.shift, config.seed, xp, None
+        self.size = min(config.batch_size, len(x))
+        if self.shift >= x.shape[1]:
+            raise DataError(f"--shift must be less than the image's {x.shape[1]} pixels")
+        if self.size < ranks:
+            raise DataError(f"{ranks} ranks need as many images in a batch, got {self.size}")
+        self.x, self.y, self.image = xp.asarray(pad(x, self.shift)), xp.asarray(y), x.shape[1]
+        self.per_epoch = len(x) // self.size
+        self.slice = self.size * rank // ranks, self.size * (rank + 1) // ranks
+
+    def choose(self, t):
+        """Which images step t = 0, 1, … takes (B,), and their offsets (B, 2)."""
+        epoch, i = divmod(t, self.per_epoch)
+        if epoch != self.epoch:
+            rng, n, self.epoch = np.random.default_rng([self.seed, 2, epoch]), len(self.x), epoch
+            self.order = self.xp.asarray(rng.permutation(n))
+            self.offsets = self.xp.asarray(rng.integers(0, 2 * self.shift + 1, (n, 2)))
+        part = slice(*(i * self.size + end for end in self.slice))
+        return self.order[part], self.offsets[part]
+
+    def images(self, chosen, offsets):
+        """The chosen images, moved by their offsets, uint8, and their labels."""
+        return crops(self.x, chosen, offsets, self.image), self.y[chosen]
+
+
 def _verify_bundled():
     with reading(BUNDLED, DataError, f"{SIZE:,} bytes with SHA-256 {SHA256[:12]}..."):
         with open(BUNDLED, "rb") as file:
@@ -156,6 +188,19 @@ def _verify_bundled():
         if digest != SHA256:
             size = os.path.getsize(BUNDLED)
             raise ValueError(f"altered or truncated: {size:,} bytes with SHA-256 {digest[:12]}...")
+
+
+def _read_npz(path):
+    with np.load(path, allow_pickle=False) as file:
+        for member in file.zip.infolist():  # np.load takes all memory that is declared
+            with file.zip.open(member) as array:
+                version = np.lib.format.read_magic(array)
+                read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
+                shape, _, dtype = read_header(array)
+                _check_header(member.filename.removesuffix(".npy"), shape, dtype)
+                if math.prod(shape) != member.file_size - array.tell():
+                    raise ValueError(f"{member.filename} declares {shape}, but is not of that size")
+        return {key: file[key] for key in file.files}
 
 
 def _read_idx(folder, key):
@@ -178,7 +223,14 @@ def _read_idx(folder, key):
         if found != magic:
             raise ValueError(f"wrong magic 0x{found:08x}")
         _check_header(key, tuple(shape), np.dtype(np.uint8))
-        return read_bytes(file, math.prod(shape)).reshape(shape)
+        content = bytearray()  # grows with what is there, whatever the header says
+        while piece := file.read(2**16):
+            content += piece
+            if len(content) > math.prod(shape):
+                break
+        if len(content) != math.prod(shape):
+            raise ValueError(f"is not of the {math.prod(shape):,} bytes that its header declares")
+        return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _check_header(name, shape, dtype):
