@@ -159,55 +159,6 @@ class Tensor:
                 grads[k] = grads[k] + gp if k in grads else gp
             node._parents, node._backward = (), _USED  # free what the operation saved
 
-    # Operators.  A Python scalar or an array on the other side becomes a constant.
-    def __add__(self, other):
-        return add(self, other)
-
-    def __radd__(self, other):
-        return add(other, self)
-
-    def __sub__(self, other):
-        return subtract(self, other)
-
-    def __rsub__(self, other):
-        return subtract(other, self)
-
-    def __mul__(self, other):
-        return multiply(self, other)
-
-    def __rmul__(self, other):
-        return multiply(other, self)
-
-    def __truediv__(self, other):
-        return divide(self, other)
-
-    def __rtruediv__(self, other):
-        return divide(other, self)
-
-    def __neg__(self):
-        return multiply(self, -1.0)
-
-    def __pow__(self, exponent):
-        return power(self, exponent)
-
-    def __matmul__(self, other):
-        return matmul(self, other)
-
-    def __getitem__(self, index):
-        return getitem(self, index)
-
-    def reshape(self, *shape):
-        return reshape(self, shape)
-
-    def transpose(self, *axes):
-        return transpose(self, axes)
-
-    def sum(self, axis=None, keepdims=False):
-        return sum(self, axis, keepdims)
-
-    def mean(self, axis=None, keepdims=False):
-        return mean(self, axis, keepdims)
-
 
 def _USED(grad):
     """Marks a node whose saved arrays have been freed."""
@@ -522,6 +473,20 @@ def cross_entropy(logits, labels):
     log_p = z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
     loss = -xp.where(onehot, log_p, 0).sum() / len(labels)  # not a product: −∞ · 0 is NaN
     return record(loss, (logits,), lambda g: [(xp.exp(log_p) - onehot) * (g / len(labels))])
+
+
+# The operators of Python and the methods of a Tensor.  A number or an array on the other side
+# becomes a constant.
+Tensor.__add__, Tensor.__radd__ = add, lambda b, a: add(a, b)
+Tensor.__sub__, Tensor.__rsub__ = subtract, lambda b, a: subtract(a, b)
+Tensor.__mul__, Tensor.__rmul__ = multiply, lambda b, a: multiply(a, b)
+Tensor.__truediv__, Tensor.__rtruediv__ = divide, lambda b, a: divide(a, b)
+Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda b, a: matmul(a, b)
+Tensor.__neg__ = lambda a: multiply(a, -1.0)
+Tensor.__pow__, Tensor.__getitem__ = power, getitem
+Tensor.sum, Tensor.mean = sum, mean
+Tensor.reshape = lambda a, *shape: reshape(a, shape)
+Tensor.transpose = lambda a, *axes: transpose(a, axes)
 
 
 # ------------------------------------------------------------------------------- gradient check
