@@ -159,7 +159,7 @@ def osa_backward(dO, saved):
         L = L(S̃ᵀ, BᵀdO (BᵀV)ᵀ).
     """
     V, alpha, s, B, BtQ, BtK, BtV, S, E, F = saved
-    if dO.shape != V.shape or dO.dtype != V.dtype:
+    if dO.shape != V.shape or dO.dtype != V.dtype or not array_module(dO, V):
         raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
     BtdO = T(B) @ dO  # (..., r, m)
     L = frechet(-S, BtdO @ T(BtV))  # (..., r, r)
@@ -333,7 +333,7 @@ class SkiplessTransformer:
         N, pixels = patchify(np.empty((1, *image)), patch).shape[1:]
         self.outer = tensors({
             "W_E": random_orthogonal(pixels, d, rng, dtype),  # embedding
-            "b_E": rng.standard_normal((N, d)).astype(dtype) * dtype(0.1),  # of positions
+            "b_E": rng.standard_normal((N, d)).astype(dtype) * np.asarray(0.1, dtype),  # position
             "W_C": random_orthogonal(d, classes, rng, dtype),  # read-out
             "b_C": np.zeros(classes, dtype),
         }, xp)  # fmt: skip
