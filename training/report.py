@@ -1,5 +1,6 @@
 """What a run leaves for people to read: metrics.csv, progress, summary.json, curves.png."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -19,6 +20,7 @@ from fast import attention_matrix
 from osa_minimal import rotation_angles
 from training import checkpoint
 from training.checkpoint import CheckpointError, reading, replacing
+from training.data import standardise
 from training.optimizers import schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,24 +246,29 @@ def begin(run, progress, folder, device, args):
     }
     if not args.resume:
         write_json(folder / "config.json", repeat)
+    try:
+        os.environ.pop("MPLBACKEND", None)  # nothing is shown
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        print(f"curves.png will not be drawn: {error}", file=sys.stderr)
     return repeat
 
 
-def print_accuracy(run):
+def print_accuracy(model, dataset, statistics, xp):
     """The one look at the test set; returns the accuracy."""
-    x, y = run.xp.asarray(run.x_test), run.xp.asarray(run.y_test)
-    test, _ = accuracy(run.model, x, y, run.standardise)
+    x, y = xp.asarray(dataset.x_test), xp.asarray(dataset.y_test)
+    test, _ = accuracy(model, x, y, lambda images: standardise(images, *statistics))
     print(f"test accuracy {test:.2%}")
     return test
 
 
-def finish(run, progress, folder, repeat):
-    """Tests the trained network; writes summary.json and curves.png."""
-    print(f"trained for {progress.seconds:.0f} s; testing on {len(run.y_test):,} images")
+def finish(run, progress, folder, repeat, export_path):
+    """Tests the trained network; writes summary.json, the export and curves.png; returns 0."""
+    print(f"trained for {progress.seconds:.0f} s; testing on {len(run.dataset.y_test):,} images")
     validation, _ = accuracy(run.model, run.x_val, run.y_val, run.standardise)
     rows = read_metrics(folder / "metrics.csv")
     summary = {
-        "test_accuracy": print_accuracy(run),
+        "test_accuracy": print_accuracy(run.model, run.dataset, run.statistics, run.xp),
         "validation_accuracy": validation,
         "train_loss": float(rows[-1]["train_loss"]) if rows else None,
         "steps": progress.step,
@@ -273,16 +280,22 @@ def finish(run, progress, folder, repeat):
         "repeat": repeat,
     }
     write_json(folder / "summary.json", summary)
+    export(export_path, run.model, run.config, run.statistics)
     if rows:
-        draw_curves(rows, folder / "curves.png")
+        with contextlib.suppress(ImportError):  # said before training
+            draw_curves(rows, folder / "curves.png")
     print(f"files in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
+    return 0
 
-def export(path, run):
-    """Writes the weights, and all that another program needs to use them, as safetensors."""
-    arrays = {k: ag.to_cpu(p.data) for k, p in run.parameters.items()}
-    mean, std = run.statistics
-    about = {"slope": run.model.slope, "mean": mean, "std": std}
-    metadata = {k: str(v) for k, v in {**dataclasses.asdict(run.config), **about}.items()}
-    checkpoint.export(path, arrays, metadata)
-    print(f"exported {path}")
+
+def export(path, model, config, statistics):
+    """Writes the weights, and all that another program needs to use them, as safetensors; no path,
+    no file; returns 0."""
+    if path:
+        arrays = {k: ag.to_cpu(p.data) for k, p in model.parameters.items()}
+        about = {"slope": model.slope, "mean": statistics[0], "std": statistics[1]}
+        metadata = {k: str(v) for k, v in {**dataclasses.asdict(config), **about}.items()}
+        checkpoint.export(path, arrays, metadata)
+        print(f"exported {path}")
+    return 0
