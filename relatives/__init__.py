@@ -1,0 +1,1 @@
+"""What Orthogonal Self-Attention is compared with: one mechanism a file, see README.md."""

@@ -1,0 +1,23 @@
+"""Exclusive self-attention, XSA: softmax attention without its part along the token's own value.
+
+    Y = softmax(Q Kᵀ/√d) V,    v̂ = v/max(‖v‖, 1e-12),    z = y − (y·v̂) v̂    per token and head
+
+Source: Zhai, arXiv 2603.09078, Algorithm 1.  Shapes: Q, K (..., N, d), V (..., N, m) ->
+(..., N, m).  Cost: softmax's and N m.  Causal: both; the first token then gets 0.
+Assumes a skip, which carries what is removed: where attention is near the identity, y ≈ v and
+nearly all is removed.
+Beside OSA: the opposite start, A far from the identity where a skip brings it back, against A ≈ I
+where there is no skip.
+"""
+
+import autograd as ag
+from relatives.ops import tensors
+from relatives.softmax import softmax
+
+
+def xsa(Q, K, V, *, causal=False):
+    """(..., N, m) by the formulas above."""
+    Q, K, V = tensors(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
+    Y = softmax(Q, K, V, causal=causal)
+    norm2 = ag.maximum((V * V).sum(axis=-1, keepdims=True), 1e-24)
+    return Y - V * ((Y * V).sum(axis=-1, keepdims=True) / norm2)
