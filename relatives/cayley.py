@@ -9,32 +9,28 @@ function of Z that is 1 at 0: with B (N, k) orthonormal, its span containing Q's
 
 Shapes: Q, K (..., N, d), V (..., N, m), ε a number or an array that broadcasts to (..., 1, 1).
 Cost: N d² + d³.  Causal: impossible, as for OSA.  Assumes neither skip nor norm.
-Beside OSA: exp and the Cayley map agree to second order in Z, so near the identity nothing
-distinguishes the two; the Cayley map pays one solve and never reaches a rotation by π.
+Beside OSA: exp and the Cayley map agree to second order in Z, so near the identity nothing tells
+them apart; the Cayley map is one solve and never reaches a rotation by π.
 """
 
 import math
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import tensors
-
-
-def _t(M):
-    return M.swapaxes(-1, -2)
+from relatives.ops import T, tensors
 
 
 def _rotate(B, Z, V):
     """R V; −Z in place of Z gives Rᵀ V."""
     xp = array_module(V)
-    return V + B @ xp.linalg.solve(xp.eye(Z.shape[-1], dtype=Z.dtype) - Z / 2, Z @ (_t(B) @ V))
+    return V + B @ xp.linalg.solve(xp.eye(Z.shape[-1], dtype=Z.dtype) - Z / 2, Z @ (T(B) @ V))
 
 
 def _forward(Q, K, V, eps):
     xp, unit = array_module(Q, eps), 1 / (2 * math.sqrt(Q.shape[-2] * Q.shape[-1]))
     B = xp.linalg.qr(xp.concatenate([Q, K], axis=-1))[0]  # (..., N, k), k = min(N, 2d)
-    q, k = _t(B) @ Q, _t(B) @ K
-    Z = eps * unit * (q @ _t(k) - k @ _t(q))
+    q, k = T(B) @ Q, T(B) @ K
+    Z = eps * unit * (q @ T(k) - k @ T(q))
     O = _rotate(B, Z, V)
     return O, (Q, K, V, eps, unit, B, Z, O)
 
@@ -44,7 +40,7 @@ def _backward(G, saved):
     Q, K, V, eps, unit, B, Z, O = saved
     dV = _rotate(B, -Z, G)
     Y, X = (G + dV) / 2, (V + O) / 2
-    YQ, YK, XQ, XK = _t(Y) @ Q, _t(Y) @ K, _t(X) @ Q, _t(X) @ K  # (..., m, d)
+    YQ, YK, XQ, XK = T(Y) @ Q, T(Y) @ K, T(X) @ Q, T(X) @ K  # (..., m, d)
     s = eps * unit
     dQ, dK = s * (Y @ XK - X @ YK), s * (X @ YQ - Y @ XQ)
     deps = unit * (YQ * XK - YK * XQ).sum(axis=(-2, -1), keepdims=True)

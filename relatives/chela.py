@@ -11,8 +11,7 @@ Source of the idea: arXiv 2406.08128.
 Shapes: X (..., N, d); kl (d, 2N − 1) for the lags −(N−1) … N−1, causal (d, N) for 0 … N−1; ks
 (d, taps) centred on lag 0, taps odd, causal lags 0 … taps − 1; gq, bq, gk, bk, bv, bg, bo (d,); Wv,
 Wg, Wo (d, d).  Cost: N log N · d + N d².  Causal: both.  Assumes a gated residual around it.
-Beside OSA: position by a convolution, content by a cheap rank-d product, and nothing that controls
-the norm.
+Beside OSA: position by a convolution, content by a rank-d product, and nothing controls the norm.
 """
 
 import autograd as ag

@@ -13,6 +13,8 @@ Beside OSA: mixing in N log N needs only a shift-invariant matrix; it would be o
 spectrum of modulus one, where softmax gives one of modulus at most one.
 """
 
+import numpy as np
+
 import autograd as ag
 from autograd import array_module
 from relatives.ops import T, silu, tensors
@@ -47,7 +49,7 @@ def circulant(X, Wqkv, Wg, bg, Wo, bo, grid):
         bg=(bg, "d"), Wo=(Wo, "d d"), bo=(bo, "d"),
     )  # fmt: skip
     N, d = X.shape[-2:]
-    rows, columns = (int(n) for n in (grid if isinstance(grid, (tuple, list)) else (grid, grid)))
+    rows, columns = (int(n) for n in np.broadcast_to(grid, 2))
     if rows < 1 or rows * columns != N:
         raise ValueError(f"grid must hold the {N} tokens, got {rows} x {columns}")
     F = X @ Wqkv

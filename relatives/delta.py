@@ -10,8 +10,8 @@ x' is Vin, the state compressed to (N, d) where m > 1, and by default x itself.
 Shapes: X (..., N, d) or (..., N, d, m); Kin (k̃), C, Vin (..., N, d); wb (d, 1), bb (1,), wv (d, m),
 bv (m,) or None.  Cost: N d m, token by token, causal as its branch.
 Assumes RMSNorm before the branch and in c; it is itself the skip.
-Beside OSA: a near-orthogonal rank-one update of the features with one angle (eigenvalue 1 − β,
-orthogonal at β = 0 and 2), where OSA's is an orthogonal rank-2d update of the tokens.
+Beside OSA: a rank-one update of the features, orthogonal at β = 0 and 2 only (eigenvalue 1 − β),
+where OSA's is an orthogonal rank-2d update of the tokens.
 """
 
 import autograd as ag
@@ -19,8 +19,7 @@ from relatives.ops import sigmoid, tensors
 
 
 def delta(X, Kin, C, wb, bb, wv, bv, *, Vin=None, k_eps, v_scale=None):
-    """The new state, of the shape of X; see above.  Raises ValueError or TypeError naming the
-    argument at fault."""
+    """The new state, of the shape of X, by the formulas above."""
     wide = X.ndim > Kin.ndim
     if wide and Vin is None:
         raise ValueError(f"Vin, the compressed state, is needed for an X of shape {X.shape}")

@@ -6,11 +6,10 @@ With W = Q Kᵀ, and for causal=True W = L ∘ Q Kᵀ, L lower triangular with i
     causal: ((W Wᵀ) ∘ L)V,   ((W W) ∘ L)V,   ((W Wᵀ) ∘ L)(W V)
     normalise = ε: divided by the same with V replaced by ones, plus ε
 
-Source: arXiv 2510.27258, no code; scores without 1/√d.  With lin(Q, K, V) = W V, linear attention,
-each order is a linear attention of linear attentions, lin(Q, a, b): a_j = k_j or (Σ k_i k_iᵀ) q_j =
-lin(Q, K, K), b = V or lin(Q, K, V).  That stands for two recurrences of the paper: a difference of
-two sums for hla2, and for hla3 Algorithm 3, which keeps only the index triples whose largest index
-occurs twice.  The paper's decay γ is left out: section 4.3 and its operator contradict each other.
+Source: arXiv 2510.27258, no code; scores without 1/√d.  Each is a linear attention of linear
+attentions, lin(Q, K, V) = W V; for hla2 the paper has a difference of two sums instead, for hla3
+Algorithm 3, another operator: it keeps only the index triples whose largest index occurs twice.
+Its decay γ is left out: section 4.3 and its associative operator contradict each other.
 Shapes: Q, K (..., N, d), V (..., N, m) -> (..., N, m).  Cost: N d (d + m), state d (d + m).
 Causal: both.  Assumes skip and norm: degree 5 (hla3: 7) in X.
 Beside OSA: the same d × d Gram matrices, but a polynomial of the scores needs its scale from
@@ -28,9 +27,8 @@ def _causal(Q, K, V, block=64):
     O = xp.empty((*Q.shape[:-1], V.shape[-1]), V.dtype)
     for t in range(0, Q.shape[-2], block):
         q, k, v = (M[..., t : t + block, :] for M in (Q, K, V))
-        kt = k.swapaxes(-1, -2)
-        O[..., t : t + block, :] = xp.tril(q @ kt) @ v + (q @ S if t else 0)
-        S = S + kt @ v
+        O[..., t : t + block, :] = xp.tril(q @ T(k)) @ v + (q @ S if t else 0)
+        S = S + T(k) @ v
     return O
 
 
@@ -49,26 +47,19 @@ def linear_attention(Q, K, V, causal=False):
     return _causal_linear(Q, K, V) if causal else Q @ (T(K) @ V)
 
 
-def _order(f, Q, K, V, causal, normalise):
-    """f(lin, Q, K, V), divided by f(lin, Q, K, 1) + normalise unless that is None."""
-    Q, K, V = tensors(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
-    if normalise is not None:  # both in one pass
-        V = ag.concatenate([V, array_module(V).ones((*V.shape[:-1], 1), V.dtype)])
-    O = f(lambda *QKV: linear_attention(*QKV, causal), Q, K, V)
-    return O if normalise is None else O[..., :-1] / (O[..., -1:] + float(normalise))
+def _order(name, f):
+    def order(Q, K, V, *, causal=False, normalise=None):
+        """(..., N, m) by the formulas above."""
+        Q, K, V = tensors(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
+        if normalise is not None:  # both in one pass
+            V = ag.concatenate([V, array_module(V).ones((*V.shape[:-1], 1), V.dtype)])
+        O = f(lambda *QKV: linear_attention(*QKV, causal), Q, K, V)
+        return O if normalise is None else O[..., :-1] / (O[..., -1:] + float(normalise))
+
+    order.__name__ = order.__qualname__ = name
+    return order
 
 
-def hla2(Q, K, V, *, causal=False, normalise=None):
-    """The symmetric second order, a positive semidefinite matrix times V where it is not causal."""
-    return _order(lambda lin, Q, K, V: lin(Q, lin(Q, K, K), V), Q, K, V, causal, normalise)
-
-
-def ahla(Q, K, V, *, causal=False, normalise=None):
-    """The asymmetric second order."""
-    return _order(lambda lin, Q, K, V: lin(Q, K, lin(Q, K, V)), Q, K, V, causal, normalise)
-
-
-def hla3(Q, K, V, *, causal=False, normalise=None):
-    """The third order."""
-    f = lambda lin, Q, K, V: lin(Q, lin(Q, K, K), lin(Q, K, V))  # noqa: E731
-    return _order(f, Q, K, V, causal, normalise)
+hla2 = _order("hla2", lambda lin, Q, K, V: lin(Q, lin(Q, K, K), V))
+ahla = _order("ahla", lambda lin, Q, K, V: lin(Q, K, lin(Q, K, V)))
+hla3 = _order("hla3", lambda lin, Q, K, V: lin(Q, lin(Q, K, K), lin(Q, K, V)))

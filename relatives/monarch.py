@@ -8,8 +8,7 @@ orthogonal then M is (ours): k q(q−1)/2 + l s(s−1)/2 angles, 294 for N = 49 
 Shapes: X (..., N, c), W1 (k, q, p), W2 (l, s, r) -> (..., l s, c), every channel alike.
 Cost: N q + k q s per channel, 2 N^1.5 for p = q = r = s = √N.  Causal: no.
 Assumes a skip and norm as published; with orthogonal blocks neither.
-Beside OSA: the isometric mixer that looks at no data: where it does as well, the task does not need
-attention.
+Beside OSA: the isometry that looks at no data; a task it does as well on needs no attention.
 """
 
 from relatives.ops import swap, tensors

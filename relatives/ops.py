@@ -33,7 +33,7 @@ def tensors(sizes=None, /, **named):
 
 
 def T(X):
-    """The last two axes of a Tensor exchanged."""
+    """The last two axes exchanged, of a Tensor or an array."""
     return X.transpose(*range(X.ndim - 2), X.ndim - 1, X.ndim - 2)
 
 
@@ -51,8 +51,7 @@ def split_heads(X, heads):
 
 def join_heads(X):
     """(..., h, N, p) -> (..., N, h p)"""
-    (*batch, h, N, p) = X.shape
-    return swap(X).reshape(*batch, N, h * p)
+    return swap(X).reshape(*X.shape[:-3], X.shape[-2], X.shape[-3] * X.shape[-1])
 
 
 def _sigmoid(a):
@@ -79,10 +78,10 @@ def _scan(A, J):
 def _scan_backward(G, saved):
     """The same recurrence from the last to the first: Λ_t = Λ_{t+1} A_{t+1}ᵀ + G_t is ∂/∂J_t."""
     A, S = saved
-    after = array_module(A).roll(A, -1, axis=-3).swapaxes(-1, -2)  # A_{t+1}ᵀ
+    after = T(array_module(A).roll(A, -1, axis=-3))  # A_{t+1}ᵀ
     Lam = _scan(after[..., ::-1, :, :], G[..., ::-1, :, :])[0][..., ::-1, :, :]
     dA = array_module(A).zeros_like(A)
-    dA[..., 1:, :, :] = S[..., :-1, :, :].swapaxes(-1, -2) @ Lam[..., 1:, :, :]
+    dA[..., 1:, :, :] = T(S[..., :-1, :, :]) @ Lam[..., 1:, :, :]
     return dA, Lam
 
 

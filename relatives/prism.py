@@ -5,7 +5,7 @@
     r = v − u;   for each l:  δ_l = GELU(p_l ∘ r),  r ← r − δ_l   (the writes, by refinement)
     S ← α S (I − b_1 k_1 k_1ᵀ) + Σ_l b_l δ_l k_lᵀ,   y = S q,   out = y W_o
 
-Source: arXiv 2602.10796v2, Algorithm 1 and Eq. 9–18; neither of its authors' programs computes this
+Source: arXiv 2602.10796v2, Algorithm 1 and Eq. 9–18; none of its authors' programs computes this
 recurrence, and in one of them the writes never reach the output.  GELU is the exact one, with erf.
 Shapes: X (..., N, d), cw (d, taps), its last tap for the token itself, cb (d,), Wq, Wv, Wo (d, d),
 wa (d, 1), Wk, Wp (L, d, d), Wb (L, d, 1).  Cost: N L d², here N d³, as the d × d transitions are
@@ -32,17 +32,15 @@ def erf(x):
     return sum(math.exp(-w * w / 4) / (3 * w) * xp.sin(w * y) for w in waves)
 
 
-def _gelu(x):
-    Phi = 0.5 * (1 + erf(x * 0.5**0.5))  # distribution function of the normal law
-    return x * Phi, (x, Phi)
+Phi = ag.operator(  # distribution function of the normal law
+    lambda x: (0.5 * (1 + erf(x * 0.5**0.5)), x),
+    lambda g, x: [g * array_module(x).exp(-0.5 * x * x) * (2 * math.pi) ** -0.5],
+)
 
 
-def _gelu_backward(g, saved):
-    x, Phi = saved
-    return [g * (Phi + x * array_module(x).exp(-0.5 * x * x) * (2 * math.pi) ** -0.5)]
-
-
-gelu = ag.operator(_gelu, _gelu_backward)  # x Φ(x)
+def gelu(x):
+    """x Φ(x)"""
+    return x * Phi(x)
 
 
 def prism(X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo):

@@ -4,9 +4,8 @@
     full, full2 …    Wq Wk Wv Wo    (X W_q)(X W_k)ᵀ                   X W_v, W_o
     sym, sym2 …      Wq Wv Wo       (X W_q)(X W_q)ᵀ, W_k = W_q        X W_v, W_o
     qk               Wqk Wv Wo      (X W_qk) Xᵀ                       X W_v, W_o
-    qk_novo          Wqk            (X W_qk) Xᵀ                       X
     cholesky         T_ Wv Wo       X T Tᵀ Xᵀ, T lower triangular     X W_v, W_o
-    cholesky_novo    T_             X T Tᵀ Xᵀ                         X
+    qk_novo, cholesky_novo          as above                          X, no W_o
 
 A number behind "full" and "sym" is that of the heads h, 1 by default; the others have one.
 Source: arXiv 2410.13732v2, text.  Shapes: X (..., N, d), all weights (d, d); above its diagonal T_

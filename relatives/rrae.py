@@ -2,8 +2,7 @@
 
     Y = U diag(s) Vᵀ (L, B), the latent vectors of a batch as columns;   Ỹ = U_k diag(s_k) V_kᵀ
 
-Source: rank-reduction autoencoders, arXiv 2405.13980, and its code.  Shapes: Y (..., L, B) -> the
-same.  Cost: one SVD.
+Source: arXiv 2405.13980 and its code.  Shapes: Y (..., L, B) -> the same.  Cost: one SVD.
 Gradient, ours: U₁, V₁ the kept singular vectors, U₂, V₂ the dropped ones, ρ_ij = s_j/s_i ≤ 1,
 
     dY = U₁U₁ᵀG + G V₁V₁ᵀ − U₁U₁ᵀ G V₁V₁ᵀ + U₁ E V₂ᵀ + U₂ Fᵀ V₁ᵀ,   a = U₁ᵀGV₂,  b = (U₂ᵀGV₁)ᵀ
@@ -17,7 +16,7 @@ differentiate the eigenvectors: it stays exact where singular values are equal.
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import tensors
+from relatives.ops import T, tensors
 
 
 def truncate(Y, k):
@@ -36,13 +35,11 @@ def truncate(Y, k):
 
 def _backward(G, k, U, s, Vt):
     U1, U2, V1t, V2t = U[..., :k], U[..., k:], Vt[..., :k, :], Vt[..., k:, :]
-    V1 = V1t.swapaxes(-1, -2)
-    U1tG, GV1 = U1.swapaxes(-1, -2) @ G, G @ V1
-    a, b = U1tG @ V2t.swapaxes(-1, -2), GV1.swapaxes(-1, -2) @ U2  # (..., k, dropped)
+    U1tG, GV1 = T(U1) @ G, G @ T(V1t)
+    a, b = U1tG @ T(V2t), T(GV1) @ U2  # (..., k, dropped)
     kept, dropped = s[..., :k, None], s[..., None, k:]
     size, tied = kept + (kept == 0), (kept == dropped).astype(s.dtype)
     rho, gap = dropped / size, (kept - dropped) / size  # 1 − ρ² = gap (1 + ρ)
     curve = (1 - tied) * rho / ((gap + tied) * (1 + rho))
     E, F = curve * (rho * a + b), curve * (rho * b + a)
-    dY = U1 @ (U1tG - (U1tG @ V1) @ V1t + E @ V2t) + GV1 @ V1t
-    return dY + U2 @ F.swapaxes(-1, -2) @ V1t
+    return U1 @ (U1tG - U1tG @ T(V1t) @ V1t + E @ V2t) + (GV1 + U2 @ T(F)) @ V1t

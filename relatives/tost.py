@@ -8,25 +8,18 @@ Source: ToST, arXiv 2412.17810 and its code.  Causal: both sums run over n' ≤ 
 `denom_bias` (h, N or longer, 1) is added to each w²/Σ w².  As in the code, Σ_n w² is at least
 1e-24 (a norm of 1e-12), in the causal form 1e-12.
 Shapes: X (..., N, d), W, Wo (d, d), temp (h, 1), bo (d,) or None.  Cost: N d beside X W and W_o.
-Assumes pre-LayerNorm, a skip and LayerScale: each layer alone multiplies every entry by a number
-in (−1, 0).
-Beside OSA: attention becomes linear in two opposite ways, TSSA by only rescaling what each token
-holds, OSA by only moving it.
+Assumes pre-LayerNorm, a skip and LayerScale: it multiplies each entry of w by a number in (−1, 0).
+Beside OSA: two opposite ways to be linear in N, only to rescale what each token holds (TSSA), or
+only to move it (OSA).
 """
 
 import autograd as ag
 from relatives.ops import T, join_heads, split_heads, tensors
 
-
-def _reversed_sum(g, _):
-    return [g[..., ::-1, :].cumsum(axis=-2)[..., ::-1, :]]
-
-
-_cumsum = ag.operator(lambda a: (a.cumsum(axis=-2), None), _reversed_sum)
-
-
-def _sum(a):
-    return a.sum(axis=-2, keepdims=True)
+cumsum = ag.operator(
+    lambda a: (a.cumsum(axis=-2), None),
+    lambda g, _: [g[..., ::-1, :].cumsum(axis=-2)[..., ::-1, :]],
+)
 
 
 def tssa(X, W, temp, Wo, bo=None, *, heads, causal=False, denom_bias=None):
@@ -35,7 +28,7 @@ def tssa(X, W, temp, Wo, bo=None, *, heads, causal=False, denom_bias=None):
         {"h": heads}, X=(X, "... N d"), W=(W, "d d"), temp=(temp, "h 1"), Wo=(Wo, "d d"),
         bo=(bo, "d"), denom_bias=(denom_bias, "h L 1"),
     )  # fmt: skip
-    N, total = X.shape[-2], _cumsum if causal else _sum
+    N, total = X.shape[-2], cumsum if causal else lambda a: a.sum(axis=-2, keepdims=True)
     w = split_heads(X @ W, heads)  # (..., h, N, p)
     w2 = w * w
     share = w2 / ag.maximum(total(w2), 1e-12 if causal else 1e-24)

@@ -3,6 +3,7 @@
 tests/relatives/README.md says where the right values come from.
 """
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 
 import autograd as ag
+import relatives
 from autograd import Tensor
+from osa_minimal import MultiHeadOSA
 from relatives import ops, pdssm, prism
 from relatives.cayley import cayley
 from relatives.chela import chela
 from relatives.circulant import circulant
 from relatives.delta import delta
 from relatives.hla import ahla, hla2, hla3
+from relatives.layers import LAYERS, Heads
 from relatives.monarch import monarch
 from relatives.reduced import reduced
 from relatives.rrae import truncate
@@ -589,3 +593,44 @@ def test_wrong_calls_are_told_what_is_allowed(rng):
     for message, call in calls.items():
         with pytest.raises(ValueError, match=rf"\A{message}[^\n]*\Z"):
             call()
+
+
+# ----------------------------------------------------------------------------------- as layers
+
+
+def start_of_layer(name):
+    """‖Y‖/‖X‖ and the largest, the median and the smallest singular value of ∂Y/∂X."""
+    rng = np.random.default_rng(0)
+    known = LAYERS | {"osa": MultiHeadOSA, "softmax": functools.partial(Heads, "softmax")}
+    more = {"tokens": 16} if name in ("monarch", "chela") else {}
+    layer = known[name](8, 2, rng, np, np.float64, **more)
+    X, rows = rng.standard_normal((1, 16, 8)), []
+    for G in np.eye(X.size):
+        Y, (row,) = run(layer, [X], G.reshape(X.shape))
+        rows.append(row.ravel())
+    sigma = np.linalg.svd(np.array(rows), compute_uv=False)
+    ratio = np.linalg.norm(Y) / np.linalg.norm(X)
+    return ratio, sigma[0], np.median(sigma), sigma[-1]
+
+
+def test_the_layers_start_as_the_readme_says():
+    text = (Path(relatives.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = [r.strip("| ").split(" | ") for r in text.split("## One layer")[1].splitlines()[6:]]
+    assert {r[0] for r in rows} == {*LAYERS, "osa", "softmax"}
+    for name, *numbers in rows:
+        # Two digits; what is below 1e-6 depends on rounding and is printed as 0.
+        assert start_of_layer(name) == pytest.approx(
+            [float(n) for n in numbers], rel=0.06, abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer_takes_a_step_in_float32_and_all_its_weights_have_gradients(xp, rng, name):
+    layer = LAYERS[name](8, 2, rng, xp, **({"tokens": 12} if name in ("monarch", "chela") else {}))
+    X = Tensor(xp.asarray(rng.standard_normal((3, 12, 8)).astype(np.float32)), True)
+    Y = layer(X)
+    assert Y.shape == X.shape and Y.dtype == np.float32
+    Y.backward(xp.asarray(rng.standard_normal(X.shape).astype(np.float32)))
+    for key, p in layer.parameters.items():
+        assert p.grad.dtype == np.float32 and np.isfinite(ag.to_cpu(p.grad)).all(), key
+        assert abs(ag.to_cpu(p.grad)).max() > 0, key
