@@ -17,7 +17,7 @@ import math
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, tensors
+from relatives.ops import T, shaped
 
 
 def _rotate(B, Z, V):
@@ -52,7 +52,7 @@ _cayley = ag.operator(_forward, _backward)
 
 def cayley(Q, K, V, eps):
     """R V (..., N, m) by the formulas above."""
-    Q, K, V = tensors(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
+    Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
     if not isinstance(eps, ag.Tensor):
         eps = ag.Tensor(array_module(Q).asarray(eps, dtype=Q.dtype))
     if eps.ndim and not (eps.ndim <= Q.ndim and eps.shape[-2:] == (1, 1)):

@@ -18,13 +18,13 @@ import autograd as ag
 from autograd import array_module
 from relatives.circulant import correlate
 from relatives.hla import linear_attention
-from relatives.ops import silu, tensors
+from relatives.ops import shaped, silu
 
 
 def chela(X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo, *, causal=False):
     """(..., N, d) by the formulas above."""
     N = X.shape[-2]
-    X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo = tensors(
+    X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo = shaped(
         {"lags": N if causal else 2 * N - 1}, X=(X, "... N d"), kl=(kl, "d lags"),
         ks=(ks, "d taps"), gq=(gq, "d"), bq=(bq, "d"), gk=(gk, "d"), bk=(bk, "d"), Wv=(Wv, "d d"),
         bv=(bv, "d"), Wg=(Wg, "d d"), bg=(bg, "d"), Wo=(Wo, "d d"), bo=(bo, "d"),

@@ -17,7 +17,7 @@ import numpy as np
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, silu, tensors
+from relatives.ops import T, shaped, silu
 
 
 def _cyclic(a, b, grid, conjugate):
@@ -44,7 +44,7 @@ def correlate(a, b, grid):
 
 def circulant(X, Wqkv, Wg, bg, Wo, bo, grid):
     """(..., N, d) by the formulas above."""
-    X, Wqkv, Wg, bg, Wo, bo = tensors(
+    X, Wqkv, Wg, bg, Wo, bo = shaped(
         {"3d": 3 * X.shape[-1]}, X=(X, "... N d"), Wqkv=(Wqkv, "d 3d"), Wg=(Wg, "d d"),
         bg=(bg, "d"), Wo=(Wo, "d d"), bo=(bo, "d"),
     )  # fmt: skip

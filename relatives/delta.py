@@ -15,7 +15,7 @@ where OSA's is an orthogonal rank-2d update of the tokens.
 """
 
 import autograd as ag
-from relatives.ops import sigmoid, tensors
+from relatives.ops import shaped, sigmoid
 
 
 def delta(X, Kin, C, wb, bb, wv, bv, *, Vin=None, k_eps, v_scale=None):
@@ -23,7 +23,7 @@ def delta(X, Kin, C, wb, bb, wv, bv, *, Vin=None, k_eps, v_scale=None):
     wide = X.ndim > Kin.ndim
     if wide and Vin is None:
         raise ValueError(f"Vin, the compressed state, is needed for an X of shape {X.shape}")
-    X, Kin, C, wb, bb, wv, bv, Vin = tensors(
+    X, Kin, C, wb, bb, wv, bv, Vin = shaped(
         {} if wide else {"m": 1}, X=(X, "... N d m" if wide else "... N d"), Kin=(Kin, "... N d"),
         C=(C, "... N d"), wb=(wb, "d 1"), bb=(bb, "1"), wv=(wv, "d m"), bv=(bv, "m"),
         Vin=(Vin, "... N d"),

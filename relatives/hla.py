@@ -18,7 +18,7 @@ outside, while the exponential of the antisymmetric part brings its own.
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, tensors
+from relatives.ops import T, shaped
 
 
 def _causal(Q, K, V, block=64):
@@ -50,7 +50,7 @@ def linear_attention(Q, K, V, causal=False):
 def _order(name, f):
     def order(Q, K, V, *, causal=False, normalise=None):
         """(..., N, m) by the formulas above."""
-        Q, K, V = tensors(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
+        Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
         if normalise is not None:  # both in one pass
             V = ag.concatenate([V, array_module(V).ones((*V.shape[:-1], 1), V.dtype)])
         O = f(lambda *QKV: linear_attention(*QKV, causal), Q, K, V)

@@ -11,12 +11,12 @@ Assumes a skip and norm as published; with orthogonal blocks neither.
 Beside OSA: the isometry that looks at no data; a task it does as well on needs no attention.
 """
 
-from relatives.ops import swap, tensors
+from relatives.ops import shaped, swap
 
 
 def monarch(X, W1, W2):
     """M X (..., l s, c) by the formulas above."""
-    X, W1, W2 = tensors(X=(X, "... N c"), W1=(W1, "k q p"), W2=(W2, "l s r"))
+    X, W1, W2 = shaped(X=(X, "... N c"), W1=(W1, "k q p"), W2=(W2, "l s r"))
     (*batch, N, c), (k, q, p), (l, s, r) = X.shape, W1.shape, W2.shape
     if k * p != N:
         raise ValueError(f"W1 must be (k, q, p) with k p = {N} tokens, got {W1.shape}")

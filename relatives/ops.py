@@ -7,7 +7,7 @@ import autograd as ag
 from autograd import Tensor, array_module
 
 
-def tensors(sizes=None, /, **named):
+def shaped(sizes=None, /, **named):
     """The named arguments as Tensors, each given as (array, "... N d"), the letters of its shape.
 
     A letter stands for one size in all arguments, `...` for the same batch dimensions; sizes: what

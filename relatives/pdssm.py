@@ -19,7 +19,7 @@ import math
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, scan, sigmoid, tensors
+from relatives.ops import T, scan, shaped, sigmoid
 
 cos = ag.operator(lambda a: (array_module(a).cos(a), a), lambda g, a: [-g * array_module(a).sin(a)])
 sin = ag.operator(lambda a: (array_module(a).sin(a), a), lambda g, a: [g * array_module(a).cos(a)])
@@ -36,7 +36,7 @@ straight_through = ag.operator(_hard, lambda g, _: [g])
 
 def pdssm(x, Sel, Pd, W1m, b1m, W1p, b1p, Bre, Bim, Cre, Cim, Dsk):
     """(..., N, H) by the formulas above, each complex a + ib as the matrix [[a, b], [−b, a]]."""
-    x, Sel, Pd, W1m, b1m, W1p, b1p, Bre, Bim, Cre, Cim, Dsk = tensors(
+    x, Sel, Pd, W1m, b1m, W1p, b1p, Bre, Bim, Cre, Cim, Dsk = shaped(
         x=(x, "... N H"), Sel=(Sel, "H K"), Pd=(Pd, "K n n"), W1m=(W1m, "H n"), b1m=(b1m, "n"),
         W1p=(W1p, "H n"), b1p=(b1p, "n"), Bre=(Bre, "H n"), Bim=(Bim, "H n"), Cre=(Cre, "n H"),
         Cim=(Cim, "n H"), Dsk=(Dsk, "H"),

@@ -18,7 +18,7 @@ import math
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, scan, sigmoid, silu, swap, tensors
+from relatives.ops import T, scan, shaped, sigmoid, silu, swap
 
 
 def erf(x):
@@ -45,7 +45,7 @@ def gelu(x):
 
 def prism(X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo):
     """(..., N, d) by the formulas above."""
-    X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo = tensors(
+    X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo = shaped(
         X=(X, "... N d"), cw=(cw, "d taps"), cb=(cb, "d"), Wq=(Wq, "d d"), Wv=(Wv, "d d"),
         wa=(wa, "d 1"), Wk=(Wk, "L d d"), Wp=(Wp, "L d d"), Wb=(Wb, "L d 1"), Wo=(Wo, "d d"),
     )  # fmt: skip

@@ -17,7 +17,7 @@ finds it enough for softmax, OSA keeps the second, for which W_k = W_q is the id
 import re
 
 from autograd import array_module
-from relatives.ops import join_heads, split_heads, tensors
+from relatives.ops import join_heads, shaped, split_heads
 from relatives.softmax import softmax
 
 WEIGHTS = {"full": "Wq Wk Wv Wo", "sym": "Wq Wv Wo", "qk": "Wqk Wv Wo", "qk_novo": "Wqk"}
@@ -31,7 +31,7 @@ def reduced(X, variant, **weights):
         raise ValueError(f"variant must be one of {', '.join(WEIGHTS)}, got {variant!r}")
     if set(weights) != set(WEIGHTS[name].split()):
         raise ValueError(f"weights of {variant!r} are {WEIGHTS[name]}, got {' '.join(weights)}")
-    X, *W = tensors(X=(X, "... N d"), **{k: (w, "d d") for k, w in weights.items()})
+    X, *W = shaped(X=(X, "... N d"), **{k: (w, "d d") for k, w in weights.items()})
     w, xp, d = dict(zip(weights, W)), array_module(X), X.shape[-1]
     if "T_" in w:
         w["Wq"] = w["T_"] * xp.tril(xp.ones((d, d), X.dtype))

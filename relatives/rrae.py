@@ -16,12 +16,12 @@ differentiate the eigenvectors: it stays exact where singular values are equal.
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, tensors
+from relatives.ops import T, shaped
 
 
 def truncate(Y, k):
     """The best approximation of Y (..., L, B) of rank k, 1 ≤ k ≤ min(L, B)."""
-    (Y,) = tensors(Y=(Y, "... L B"))
+    (Y,) = shaped(Y=(Y, "... L B"))
     if not 1 <= k <= min(Y.shape[-2:]):
         raise ValueError(f"k must be in 1 … {min(Y.shape[-2:])} for Y of {Y.shape}, got {k}")
     k = int(k)

@@ -10,12 +10,12 @@ Beside OSA: rows that sum to one (1 is a right eigenvector) against rows that ar
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, tensors
+from relatives.ops import T, shaped
 
 
 def softmax(Q, K, V, *, causal=False):
     """(..., N, m) by the formulas above."""
-    Q, K, V = tensors(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
+    Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
     S = (Q * Q.shape[-1] ** -0.5) @ T(K)  # (..., N, N)
     if causal:
         xp, N = array_module(S), Q.shape[-2]

@@ -14,7 +14,7 @@ only to move it (OSA).
 """
 
 import autograd as ag
-from relatives.ops import T, join_heads, split_heads, tensors
+from relatives.ops import T, join_heads, shaped, split_heads
 
 cumsum = ag.operator(
     lambda a: (a.cumsum(axis=-2), None),
@@ -24,7 +24,7 @@ cumsum = ag.operator(
 
 def tssa(X, W, temp, Wo, bo=None, *, heads, causal=False, denom_bias=None):
     """(..., N, d) by the formulas above."""
-    X, W, temp, Wo, bo, denom_bias = tensors(
+    X, W, temp, Wo, bo, denom_bias = shaped(
         {"h": heads}, X=(X, "... N d"), W=(W, "d d"), temp=(temp, "h 1"), Wo=(Wo, "d d"),
         bo=(bo, "d"), denom_bias=(denom_bias, "h L 1"),
     )  # fmt: skip

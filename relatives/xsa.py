@@ -11,13 +11,13 @@ where there is no skip.
 """
 
 import autograd as ag
-from relatives.ops import tensors
+from relatives.ops import shaped
 from relatives.softmax import softmax
 
 
 def xsa(Q, K, V, *, causal=False):
     """(..., N, m) by the formulas above."""
-    Q, K, V = tensors(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
+    Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
     Y = softmax(Q, K, V, causal=causal)
     norm2 = ag.maximum((V * V).sum(axis=-1, keepdims=True), 1e-24)
     return Y - V * ((Y * V).sum(axis=-1, keepdims=True) / norm2)
