@@ -2,308 +2,213 @@
 
     python train.py                          the main job, preset "mnist"
     python train.py --preset tiny            ten seconds, 1,000 images
+    python train.py --operator paper         with the operator of osa_minimal.py, not that of fast/
     python train.py --attention softmax --skip --norm       a baseline: the usual ViT
     python train.py --resume runs/NAME       goes on with a stopped run
-    python train.py --eval runs/NAME/checkpoint.npz         test accuracy of a trained model
+    python train.py --eval runs/NAME         test accuracy of a trained model
     mpiexec -n 4 python train.py             the main job in four processes, or on four cards
 
-Every run writes a folder with config.json, metrics.csv, summary.json, checkpoint.npz, curves.png.
+Every run writes a folder with config.json, metrics.csv, summary.json, curves.png and its
+checkpoint.
 """
 
-import contextlib
 import dataclasses
-import math
+import functools
 import os
-import signal
-import sys
-import time
 import zlib
-from pathlib import Path
 
-THREAD_VARIABLES = (
-    "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"
-)  # fmt: skip
+from training.options import UserError, before_numpy, option, parse, run_command
 
 if __name__ == "__main__":
-    # One BLAS thread each for the threads of `Run.gradients`; read once, when NumPy is imported.
-    os.environ.update(dict.fromkeys((*THREAD_VARIABLES, "OSA_THREADS"), "1"))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+    before_numpy()
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-import autograd as ag  # noqa: E402
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import machines  # noqa: E402
-import report  # noqa: E402
-
-# `train.parse`, `train.Run` and the rest, for programs of one's own.
-from options import FILES, PRESETS, Config, UserError, check_values, parse  # noqa: E402, F401
-from training import (  # noqa: E402, F401
-    LATER,
-    PROGRESS,
-    Run,
-    Stop,
-    accuracy,
-    attention_inputs,
-    build,
-    calibrate,
-    make_optimizers,
-    probe,
-)
+import autograd as ag
+import osa_minimal
+import relatives
+from fast.gpu import find_device, recorded
+from fast.threads import cores, keep_freed_memory
+from training import checkpoint, data, folder, report, resume
+from training.optimizers import assign, clip, flatten, schedule
+from training.ranks import Ranks
+from training.threads import in_threads
 
 
-def repetition(run):
-    """What a repetition of the run needs to know."""
-    return {
-        "config": dataclasses.asdict(run.config),
-        "data": run.args.data,
-        "data_crc32": run.digest,
-        "ranks": run.ranks.size,
-        "graph": run.args.graph,
-        **report.environment(run),
-    }
+@dataclasses.dataclass
+class Config:
+    """What determines the weights, with data, threads, ranks, --graph; the defaults are "mnist"."""
+
+    preset: str = option("mnist", "mnist, tiny or pixels", choices=("mnist", "tiny", "pixels"))
+    attention: str = option("osa", "what mixes tokens", choices=tuple(relatives.ATTENTION))
+    operator: str = option("fast", "of osa: fast/, or osa_minimal.py", choices=("fast", "paper"))
+    skip: bool = option(False, "skip connections")
+    norm: bool = option(False, "layer normalisation")
+    depth: int = option(4, "layers", least=1, most=1000)
+    width: int = option(64, "of a token, d", least=1, most=16384)
+    heads: int = option(2, "heads, h", least=1)
+    patch: int = option(7, "side of a patch in pixels", least=1)
+    mlp_ratio: int = option(4, "hidden width of the MLP / d", least=1, most=1024)
+    eta: float = option(0.0, "correlation to which the leaky ReLUs take 0; 0: 0.65 or less")
+    s_norm: float = option(0.1, "‖S‖₂ on the first batch, for which α is calibrated", most=1e6)
+    epochs: int = option(5, "passes over the images", least=1)
+    batch_size: int = option(128, "images of a step", least=1)
+    optimizer: str = option("muon", "of the weight matrices", choices=("muon", "adamw"))
+    lr: float = option(0.01, "rate of matrices under muon, of all but α under adamw")
+    adam_lr: float = option(0.01, "rate of what is no matrix, under muon")
+    alpha_lr: float = option(0.001, "rate of α")
+    weight_decay: float = option(0.0, "of adamw")
+    warmup: int = option(100, "steps in which the rates rise, half of all at most")
+    clip: float = option(1.0, "largest norm of the gradients", above=0)
+    shift: int = option(1, "training images are moved by up to so many pixels, each way")
+    limit_data: int = option(0, "training images used; 0: all")
+    seed: int = option(0, "of weights, images and their order")
 
 
-def summarise(run, folder):
-    """The one look at the test set; writes summary.json and curves.png, returns the summary."""
-    x_test, y_test = run.xp.asarray(run.x_test), run.xp.asarray(run.y_test)
-    test, _ = accuracy(run.model, x_test, y_test, run.standardise)
-    validation, _ = accuracy(run.model, run.x_val, run.y_val, run.standardise)
-    rows = report.read_metrics(folder / "metrics.csv")
-    summary = {
-        "test_accuracy": test,
-        "validation_accuracy": validation,
-        "train_loss": float(rows[-1]["train_loss"]) if rows else None,
-        "steps": run.step,
-        "seconds": round(run.seconds, 2),
-        "orthogonality_error": run.worst_error if run.measures else None,
-        "max_S_norm": run.largest_s if run.measures else None,
-        "parameters": sum(p.size for p in run.parameters.values()),
-        "peak_memory_mb": report.peak_memory(),
-        "repeat": repetition(run),
-    }
-    report.write_json(folder / "summary.json", summary)
-    if rows:
-        report.draw_curves(rows, folder / "curves.png")
-    return summary
+PRESETS = {
+    "mnist": {},
+    "tiny": {"depth": 2, "epochs": 10, "limit_data": 1000, "batch_size": 50, "warmup": 20},
+    "pixels": {"depth": 2, "width": 32, "patch": 1, "epochs": 1, "batch_size": 32},
+}  # fmt: skip
 
 
-def new_folder(args, config):
-    """The folder of a new run, created; never one that holds a run already."""
-    name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.out) if args.out else Path("runs") / name
-    try:
-        if any((folder / name).exists() for name in FILES):
-            raise UserError(
-                f"{folder} holds a run already; choose another --out, or --resume {folder}"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    return check_folder(folder)
+def build(config, image, classes, xp=np):
+    """The model of a configuration, drawn from its seed."""
+    attention = relatives.ATTENTION[config.attention]
+    if config.attention == "osa" and config.operator == "paper":
+        attention = osa_minimal.MultiHeadOSA
+    return relatives.Transformer(
+        d=config.width, heads=config.heads, depth=config.depth, patch=config.patch, image=image,
+        classes=classes, mlp_ratio=config.mlp_ratio, eta=config.eta or None, attention=attention,
+        skip=config.skip, norm=config.norm, rng=np.random.default_rng([config.seed, 0]), xp=xp,
+    )  # fmt: skip
 
 
-def check_folder(folder):
-    """Refuses a folder in which a run's files could not be written later; returns it."""
-    try:
-        probe_file = folder / ".writable"
-        probe_file.touch()
-        probe_file.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    for path in (folder / name for name in FILES):
-        if os.path.lexists(path) and not (path.is_file() and os.access(path, os.W_OK)):
-            raise UserError(f"{path} is not a file that can be written")
-    return folder
+def gradients(model, images, labels):
+    """Adds the gradients of the mean loss to every p.grad; the loss, and how many were right."""
+    logits = model(images)
+    loss = ag.cross_entropy(logits, labels)
+    loss.backward()
+    return loss.data, (logits.data.argmax(axis=1) == labels).sum()
 
 
-@contextlib.contextmanager
-def in_use(folder):
-    """Keeps a second process out of `folder`; the lock ends with this one, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another run") from None
-        except OSError:
-            pass  # a file system without locks
-        for half in folder.glob("checkpoint.npz.*.tmp"):  # of a run killed while it saved
-            half.unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(descriptor)
+class Run:
+    """Images, model and optimisers of a configuration, and `step`, which changes the weights."""
+
+    def __init__(self, config, dataset, xp=np, threads=1, ranks=None, graph=False, statistics=None):
+        self.config, self.xp, self.dataset, self.ranks = config, xp, dataset, ranks or Ranks()
+        x, y, x_val, y_val = data.split(dataset, limit=config.limit_data or None,
+                                        rng=np.random.default_rng([config.seed, 1]))  # fmt: skip
+        self.x_val, self.y_val = xp.asarray(x_val), xp.asarray(y_val)
+        self.digest = zlib.crc32(y, zlib.crc32(x))
+        self.statistics = statistics or data.statistics(x)
+        self.standardise = lambda images: data.standardise(images, *self.statistics)
+        self.batches = data.Batches(x, y, config, xp, self.ranks.rank, self.ranks.size)
+        self.steps = config.epochs * self.batches.per_epoch
+        self.threads = min(threads, self.batches.size // self.ranks.size)
+        models = [build(config, x.shape[1:], dataset.classes, xp) for _ in range(self.threads)]
+        self.model, self.measures = models[0], "layers.0.alpha" in models[0].parameters
+        images, _ = self.batches.images(*self.batches.choose(0))
+        osa_minimal.calibrate(self.model, self.standardise(images), config.s_norm)
+
+        self.parameters, self.updates = assign(config, self.model.parameters)
+        self.weights, self.grads = flatten(self.parameters)
+        self.gradients = functools.partial(gradients, self.model)
+        # Several threads, several machines, a CUDA graph: each line can be struck out.
+        self.gradients = in_threads(gradients, models, self) if self.threads > 1 else self.gradients
+        self.gradients = self.ranks.summed(self.gradients, self.grads, self.batches.size)
+        self.update = recorded(self.update, xp) if graph else self.update
+
+    def step(self, t):
+        """Step t = 0, 1, …; the loss, how many were right and the norm of the gradients."""
+        factor = schedule(t, self.steps, self.config.warmup)  # on the learning rates
+        return self.update(*self.batches.choose(t), factor, t + 1)
+
+    def update(self, chosen, offsets, factor, t):
+        images, labels = self.batches.images(chosen, offsets)
+        self.grads[...] = 0
+        loss, right = self.gradients(self.standardise(images), labels)
+        norm = clip(self.grads, self.config.clip)
+        for optimizer, part, rate in self.updates:
+            optimizer.step(self.weights[part], self.grads[part], factor * rate, t)
+        return loss, right, norm
 
 
-def kind(value):
-    return [type(v) for v in value] if isinstance(value, list) else type(value)
-
-
-def load_checkpoint(path, given):
-    """(Config, arrays, meta) of a checkpoint; options that were given must agree with it."""
-    arrays, meta = checkpoint.load(path)
-    known, form = [f.name for f in dataclasses.fields(Config)], Config()
-    config, progress = meta.get("config"), meta.get("progress")
-    if (
-        not isinstance(config, dict)
-        or set(config) != set(known)
-        or any(type(config[k]) is not type(getattr(form, k)) for k in known)
-        or not isinstance(progress, dict)
-        or {k: type(v) for k, v in progress.items()} != PROGRESS
-        or not all(0 <= v < math.inf for v in progress.values())
-        or type(meta.get("data")) not in (str, type(None))
-        or any(kind(meta.get(k, form)) != kind(form) for k, form in LATER.items())
-        or not all(0 <= v < math.inf for k in LATER for v in np.ravel(meta.get(k, 0)))
-        or not meta.get("statistics", LATER["statistics"])[1] > 0
-    ):
-        raise UserError(f"{path} is not a checkpoint of this program")
-    try:
-        checkpoint.require_same(meta["config"], {**meta["config"], **given}, known)
-    except checkpoint.CheckpointError as error:
-        raise UserError(f"{path}: {error}") from None
-    config = Config(**meta["config"])
-    try:
-        check_values(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return config, arrays, meta
-
-
-def check_writable(path):
-    """Refuses a file that could not be written later, so that no training is lost."""
-    folder = os.path.dirname(os.path.abspath(path))
-    other = os.path.lexists(path) and not path.endswith(".safetensors")
-    if other or os.path.basename(path) in FILES:  # a checkpoint or data set would be lost
-        raise UserError(f"--export {path}: would replace a file that is no .safetensors file")
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"--export {path}: not a file that can be written")
-
-
-def export(path, run):
-    """Writes the weights, and all that another program needs to use them, as safetensors."""
-    arrays = {k: ag.to_cpu(p.data) for k, p in run.parameters.items()}
-    mean, std = run.statistics
-    about = {"slope": run.model.layers[0][1].slope, "mean": mean, "std": std}
-    metadata = {k: str(v) for k, v in {**dataclasses.asdict(run.config), **about}.items()}
-    checkpoint.export_safetensors(path, arrays, metadata)
-    print(f"exported {path}")
+def train(run, where, progress, last, stop):
+    """Steps until `last` or a signal, with metrics and checkpoints in the folder `where`."""
+    with report.Log(where, run, progress, last) as log, resume.Saver(where, run, progress) as saver:
+        for t in stop.steps(progress.step, last):
+            loss, right, norm = run.step(t)
+            log.add(loss, right)
+            if log.due():
+                log.row(norm)
+            if saver.due():
+                saver.save()
+        saver.save()
 
 
 def main(arguments=None):
     try:
-        ranks = machines.Ranks()
+        ranks = Ranks()
     except RuntimeError as error:
         raise UserError(str(error)) from None
     with ranks.ending_together():
-        return main_of(ranks, arguments)
+        return work(ranks, *parse(Config, PRESETS, arguments, __doc__))
 
 
-def main_of(ranks, arguments):
-    """`main` in one of several processes."""
-    config, args, given = parse(arguments, __doc__)
-    ag.keep_freed_memory()
-    saved = None
+def work(ranks, config, args, given):
+    """What the command line asks for, in one of several processes; returns the exit status."""
+    keep_freed_memory()
     if args.export:
-        check_writable(args.export)
+        folder.check_export(args.export)
+    progress, arrays, statistics = resume.Progress(), None, None
     if args.eval or args.resume:
-        path = Path(args.eval or args.resume)
-        if args.resume and path.name == "checkpoint.npz":
-            args.resume = path = path.parent
-        if args.resume or path.is_dir():
-            path = path / "checkpoint.npz"
-        config, *saved = load_checkpoint(path, given)
-        # The same data and, as sums are rounded in another order by more threads, as many of them.
-        args.data = args.data or saved[1].get("data")
-        args.threads = args.threads or saved[1].get("threads")
+        config, progress, arrays = resume.load(args.eval or args.resume, Config, given)
+        statistics = progress.statistics  # of the images that it was trained on, whatever --data is
     if args.eval and ranks.rank:
         return 0
-    if args.device != "cpu":
-        ranks.take_card()
+    progress.data = os.path.abspath(args.data) if args.data else progress.data
+    threads = args.threads or progress.threads or max(1, min(8, cores() // ranks.neighbours))
     try:
-        xp, device = ag.find_device(args.device)
-    except RuntimeError as error:
+        xp, device = find_device(args.device, ranks.neighbour)
+        dataset = data.load(progress.data or None, ("test",) if args.eval else ("train", "test"))
+        if args.eval:
+            model = build(config, tuple(progress.image), progress.classes, xp)
+            resume.restore(arrays, model.parameters, xp=xp)
+            report.print_accuracy(model, dataset, progress.statistics, xp)
+            return report.export(args.export, model, config, progress.statistics)
+        run = Run(config, dataset, xp, threads if xp is np else 1, ranks, args.graph, statistics)
+        if arrays:
+            resume.restore(arrays, run.parameters, [one for one, _, _ in run.updates], xp)
+    except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
-    run = Run(config, args, xp, device, saved, ranks)
     each = f" in each of {ranks.size} ranks" if ranks.size > 1 else ""
     print(f"device {device}; {run.threads} threads{each}")
+    return in_folder(run, progress, args, device)
 
-    if args.eval:
-        x, y = xp.asarray(run.x_test), xp.asarray(run.y_test)
-        print(f"test accuracy {accuracy(run.model, x, y, run.standardise)[0]:.2%}")
-        if args.export:
-            export(args.export, run)
+
+def in_folder(run, progress, args, device):
+    """Trains and reports in the folder of a new or a stopped run; returns the exit status."""
+    if args.resume and progress.digest != run.digest:
+        raise UserError(f"--resume {args.resume}: these are not the images it was trained on")
+    run.ranks.check_same(run.weights, run.digest)
+    last = min(run.steps, args.max_steps or run.steps)
+    if run.ranks.rank:  # the first rank alone looks at the results and writes them
+        with resume.Stop(run.ranks) as stop:
+            for t in stop.steps(progress.step, last):
+                run.step(t)
         return 0
-
-    if ranks.size > 1:
-        start = zlib.crc32(b"".join(a.tobytes() for a in run.state().values()), run.digest)
-        if not ranks.agree(start):
-            raise UserError("the ranks do not begin with the same images and weights")
-    if ranks.rank:
-        with Stop() as stop:
-            run.train(None, stop)
-        return 0
-    folder = check_folder(Path(args.resume)) if args.resume else new_folder(args, config)
-    with in_use(folder):
-        return work(run, folder)
-
-
-def work(run, folder):
-    """The run in its folder; returns the exit status."""
-    config, args = run.config, run.args
-    count = sum(p.size for p in run.parameters.values())
-    print(f"{config.attention}, {config.depth} layers, {count:,} parameters, {run.steps:,} steps")
-    print(f"writing {folder}")
-    if args.resume:
-        if (folder / "metrics.csv").exists():
-            report.read_metrics(folder / "metrics.csv")
-    else:
-        report.write_json(folder / "config.json", repetition(run))
-    with Stop() as stop:
-        finished = run.train(folder, stop)
-    if not finished:
-        name = signal.Signals(stop.signal).name
-        print(
-            f"{name}: stopped after step {run.step}; go on with --resume {folder}", file=sys.stderr
-        )
-        return 128 + stop.signal
-    print(f"trained for {run.seconds:.0f} s; testing on {len(run.y_test):,} images")
-    summary = summarise(run, folder)
-    if args.export:
-        export(args.export, run)
-    print(f"test accuracy {summary['test_accuracy']:.2%}")
-    print(f"files in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    return 0
+    progress.threads, progress.log_every = run.threads, args.log_every or progress.log_every
+    progress.digest, progress.statistics = run.digest, list(run.statistics)
+    progress.image, progress.classes = list(run.x_val.shape[1:]), len(run.parameters["b_C"].data)
+    where = folder.old(args.resume) if args.resume else folder.new(args.out, run.config.preset)
+    with folder.in_use(where, new=not args.resume), resume.Stop(run.ranks) as stop:
+        repeat = report.begin(run, progress, where, device, args)
+        train(run, where, progress, last, stop)
+    if progress.step < last:
+        return stop.farewell(where, progress.step)
+    return report.finish(run, progress, where, repeat, args.export)
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by `>&-`
-    sys.stdout.reconfigure(errors="replace")  # ‖S‖₂, on a terminal that has no such letters
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, data.DataError, checkpoint.CheckpointError) as error:
-        print(f"train.py: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # `train.py | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"train.py: error: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except MemoryError as error:
-        print(f"train.py: error: not enough memory: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main, errors=(data.DataError, checkpoint.CheckpointError))

@@ -9,10 +9,9 @@ import math
 
 import numpy as np
 
-from autograd import Tensor
-from osa_minimal import MultiHeadOSA, random_orthogonal
+from osa_minimal import MultiHeadOSA, random_orthogonal, tensors
 from relatives import cayley, chela, circulant, delta, hla, monarch, pdssm, prism, reduced, tost
-from relatives.softmax import softmax
+from relatives.softmax import Softmax
 
 # name: O from Q, K, V (B, h, N, d_v) and α (h, 1, 1), the same α as in OSA's S.  The powers of N
 # keep the first layer's output about the size of V.
@@ -21,7 +20,6 @@ HEADS = {
     "hla2": lambda Q, K, V, a: hla.hla2(Q, K, V * Q.shape[-2] ** -2.0),
     "ahla": lambda Q, K, V, a: hla.ahla(Q, K, V * Q.shape[-2] ** -2.0),
     "hla3": lambda Q, K, V, a: hla.hla3(Q, K, V * Q.shape[-2] ** -3.0),
-    "softmax": lambda Q, K, V, a: softmax(Q, K, V),
 }
 # name: the output from X (B, N, d), the number of heads and the weights of `initial`.
 FORMULAS = {
@@ -95,10 +93,10 @@ class Layer:
 
     def __init__(self, name, d, heads, rng, xp=np, dtype=np.float32, tokens=None):
         init = initial(name, d, heads, tokens, rng)
-        self.own = {k: Tensor(xp.asarray(np.array(a, dtype)), True) for k, a in init.items()}
+        self.own = tensors({k: np.array(a, dtype) for k, a in init.items()}, xp)
         self.parameters, self.name, self.heads = dict(self.own), name, heads
         if name == "ddl":
-            self.branch = Heads("softmax", d, heads, rng, xp, dtype)
+            self.branch = Softmax(d, heads, rng, xp, dtype)
             self.parameters |= self.branch.parameters
 
     def __call__(self, X):
@@ -107,5 +105,5 @@ class Layer:
         return FORMULAS[self.name](X, self.heads, self.own)
 
 
-LAYERS = {k: functools.partial(Heads, k) for k in HEADS if k != "softmax"}
+LAYERS = {k: functools.partial(Heads, k) for k in HEADS}
 LAYERS |= {k: functools.partial(Layer, k) for k in (*FORMULAS, "ddl")}

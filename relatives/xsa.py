@@ -12,12 +12,23 @@ where there is no skip.
 
 import autograd as ag
 from relatives.ops import shaped
-from relatives.softmax import softmax
+from relatives.softmax import Softmax, softmax, softmax_attention
+
+
+def exclude(Y, V):
+    """Y without its part along V, token by token."""
+    norm2 = ag.maximum((V * V).sum(axis=-1, keepdims=True), 1e-24)
+    return Y - V * ((Y * V).sum(axis=-1, keepdims=True) / norm2)
 
 
 def xsa(Q, K, V, *, causal=False):
     """(..., N, m) by the formulas above."""
     Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
-    Y = softmax(Q, K, V, causal=causal)
-    norm2 = ag.maximum((V * V).sum(axis=-1, keepdims=True), 1e-24)
-    return Y - V * ((Y * V).sum(axis=-1, keepdims=True) / norm2)
+    return exclude(softmax(Q, K, V, causal=causal), V)
+
+
+class XSA(Softmax):
+    """The paper's layer with exclusive self-attention."""
+
+    def attend(self, F):
+        return exclude(softmax_attention(F), F[..., 2 * (F.shape[-1] // 3) :])

@@ -3,7 +3,6 @@
 tests/relatives/README.md says where the right values come from.
 """
 
-import functools
 import itertools
 import math
 from pathlib import Path
@@ -21,11 +20,11 @@ from relatives.chela import chela
 from relatives.circulant import circulant
 from relatives.delta import delta
 from relatives.hla import ahla, hla2, hla3
-from relatives.layers import LAYERS, Heads
+from relatives.layers import LAYERS
 from relatives.monarch import monarch
 from relatives.reduced import reduced
 from relatives.rrae import truncate
-from relatives.softmax import softmax
+from relatives.softmax import Softmax, softmax
 from relatives.tost import tssa
 from relatives.xsa import xsa
 
@@ -601,7 +600,7 @@ def test_wrong_calls_are_told_what_is_allowed(rng):
 def start_of_layer(name):
     """‖Y‖/‖X‖ and the largest, the median and the smallest singular value of ∂Y/∂X."""
     rng = np.random.default_rng(0)
-    known = LAYERS | {"osa": MultiHeadOSA, "softmax": functools.partial(Heads, "softmax")}
+    known = LAYERS | {"osa": MultiHeadOSA, "softmax": Softmax}
     more = {"tokens": 16} if name in ("monarch", "chela") else {}
     layer = known[name](8, 2, rng, np, np.float64, **more)
     X, rows = rng.standard_normal((1, 16, 8)), []

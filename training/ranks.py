@@ -10,9 +10,12 @@ import contextlib
 import os
 import sys
 import time
+import zlib
 
-import autograd as ag
-from optimizers import joined
+import numpy as np
+
+from autograd import array_module, to_cpu
+from training.options import UserError
 
 STARTED = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # set by MPICH, Open MPI, Slurm
 
@@ -27,10 +30,13 @@ class Ranks:
         try:
             from mpi4py import MPI
         except ImportError as error:
-            raise RuntimeError(
-                f"mpiexec needs mpi4py ({error}): pip install -r requirements-mpi.txt"
-            ) from None
+            text = f"mpiexec needs mpi4py ({error}): pip install -r requirements-mpi.txt"
+            raise UserError(text) from None
         self.comm, self.rank, self.size = MPI.COMM_WORLD, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+        for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+            if int(os.environ.get(name, self.size)) != self.size:
+                raise UserError(f"mpiexec started {os.environ[name]} processes and mpi4py sees "
+                                f"{self.size}: they belong to two MPIs")  # fmt: skip
         here = self.comm.Split_type(MPI.COMM_TYPE_SHARED)  # the ranks on this machine
         self.neighbour, self.neighbours = here.rank, here.size
         kinds = self.comm.Get_info().get("mpi_memory_alloc_kinds")  # MPI 4.1; "cuda" among them?
@@ -50,32 +56,38 @@ class Ranks:
                 time.sleep(3 if self.rank else 0)  # what all ranks meet is told by rank 0 alone
             raise
 
-    def take_card(self):
-        """One rank per graphics card; `find_device` says so if there is none."""
-        with contextlib.suppress(Exception):
-            import cupy
+    def summed(self, gradients, grads, batch_size):
+        """gradients(images, labels) of this rank's slice of a batch, and then the sum over all
+        ranks.
 
-            cupy.cuda.Device(self.neighbour % cupy.cuda.runtime.getDeviceCount()).use()
-
-    def sum_gradients(self, g, *values):
-        """Sums joined gradients g (n,), in place, and the 0-d `values` over the ranks at once.
-
-        Each rank's loss is its slice's share of the mean over the batch, so the sum is the gradient
-        of that mean, however unequal the slices.  Returns the sums of `values`.
+        A slice counts as its share of the batch, so the sum is the gradient of the mean over the
+        batch, however unequal the slices.
         """
         if self.size == 1:
-            return values
-        xp = ag.array_module(g)
-        flat = joined([g, *(xp.asarray(a, dtype=g.dtype) for a in values)])
-        if xp.__name__ == "cupy" and self.takes_gpu_arrays:
+            return gradients
+
+        def of_all_ranks(images, labels):
+            share = len(labels) / batch_size
+            loss, right = gradients(images, labels)
+            grads[...] *= share
+            return self.sum_up(grads, loss * share, right)
+
+        return of_all_ranks
+
+    def sum_up(self, grads, *values):
+        """Sums `grads` (n,), in place, and the 0-d `values` over the ranks; returns those sums."""
+        xp = array_module(grads)
+        flat = [grads, *(xp.asarray(a, dtype=grads.dtype).reshape(1) for a in values)]
+        flat = xp.concatenate(flat)
+        if xp is not np and self.takes_gpu_arrays:
             xp.cuda.get_current_stream().synchronize()  # MPI does not wait for kernels
         else:
-            flat = ag.to_cpu(flat)
+            flat = to_cpu(flat)
         total = flat.copy()
         self.comm.Allreduce(flat, total)
         total = xp.asarray(total)
-        g[...] = total[: g.size]
-        return tuple(total[g.size :])
+        grads[...] = total[: grads.size]
+        return tuple(total[grads.size :])
 
     def stopped(self, stop):
         """Whether any rank has noticed a signal: all leave the loop after the same step."""
@@ -86,6 +98,8 @@ class Ranks:
             return number > 0
         return stop.signal is not None
 
-    def agree(self, value):
-        """Whether `value` is the same in every rank."""
-        return len(set(self.comm.allgather(value))) == 1
+    def check_same(self, weights, digest):
+        """Refuses ranks that would not begin with the same weights and images."""
+        start = zlib.crc32(to_cpu(weights).tobytes(), digest)
+        if self.size > 1 and len(set(self.comm.allgather(start))) > 1:
+            raise UserError("the ranks do not begin with the same images and weights")

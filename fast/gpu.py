@@ -1,6 +1,4 @@
-"""Where arrays live, on a CPU (NumPy) or on an NVIDIA GPU (CuPy), and what each needs to be fast:
-threads for parts of a batch on the one, cuBLAS without detours and CUDA graphs on the other.
-"""
+"""An NVIDIA GPU through CuPy: finding it, cuBLAS without detours, CUDA graphs."""
 
 import contextlib
 import contextvars
@@ -8,57 +6,20 @@ import ctypes
 import functools
 import importlib
 import math
-import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-# ------------------------------------------------------------------------------ arrays and devices
+import autograd
+from autograd import array_module
 
 
-def array_module(*arrays):
-    """The module (`numpy` or `cupy`) that the arrays belong to.
-
-    Python scalars are ignored; with no array at all the answer is `numpy`.
-    Raises TypeError for something that is not an array, and for arrays of two modules.
-    """
-    found = None
-    for a in arrays:
-        module = _module_of(type(a))
-        if found is not None and module not in (None, found):
-            raise TypeError(
-                f"arrays of {found.__name__} and {module.__name__} cannot be mixed; "
-                "move them to one device first"
-            )
-        found = found or module
-    return found or np
-
-
-@functools.cache
-def _module_of(kind):
-    """The array module that a class belongs to; None for Python's numbers."""
-    if issubclass(kind, (bool, int, float)):
-        return None
-    if not hasattr(kind, "dtype") or not hasattr(kind, "shape"):
-        raise TypeError(f"expected a NumPy or CuPy array, got {kind.__name__}")
-    module = sys.modules[kind.__module__.partition(".")[0]]
-    if not hasattr(module, "ndarray"):
-        raise TypeError(f"expected a NumPy or CuPy array, got {kind.__name__}")
-    return module
-
-
-def to_cpu(a):
-    """A NumPy copy of a CuPy array (the device is waited for); a NumPy array as it is."""
-    return a.get() if hasattr(a, "get") else np.asarray(a)
-
-
-def find_device(name="auto"):
+def find_device(name="auto", card=0):
     """The array module for a device name, and a sentence that says why.
 
     name: "cpu", "cuda" or "auto" (the GPU if one works, else the CPU).
     `import cupy` succeeds on a machine without a driver, so a GPU is believed in only after a
-    kernel and a matrix product have run on it and given the right answer.
+    kernel and a matrix product have run on it and given the right answer.  card: which of several
+    GPUs, counted round and round.
     Returns (module, reason); raises ValueError for an unknown name, RuntimeError for "cuda"
     where no GPU works.
     """
@@ -68,6 +29,7 @@ def find_device(name="auto"):
         return np, "cpu: asked for"
     try:
         cupy = importlib.import_module("cupy")
+        cupy.cuda.Device(card % cupy.cuda.runtime.getDeviceCount()).use()
         a = cupy.arange(4, dtype=cupy.float32).reshape(2, 2) + 1  # a kernel
         if (a @ a).get().tolist() != [[7.0, 10.0], [15.0, 22.0]]:  # a matrix product
             raise RuntimeError("the GPU gave a wrong 2 x 2 matrix product")
@@ -86,72 +48,6 @@ def find_device(name="auto"):
 
 def _one_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def thread_count():
-    """Threads for `parallel`: OSA_THREADS, else the cores that BLAS leaves idle.
-
-    BLAS takes all cores unless OPENBLAS_NUM_THREADS says otherwise.  For many small matrices
-    OPENBLAS_NUM_THREADS=1 is the better division of labour.
-    """
-    cores = os.cpu_count() or 1
-    asked = os.environ.get("OSA_THREADS", "")
-    blas = os.environ.get("OPENBLAS_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    return max(1, cores // int(blas)) if blas.isdecimal() and int(blas) > 0 else 1
-
-
-def keep_freed_memory():
-    """Let the C library keep what is freed, instead of returning it to Linux page by page.
-
-    A training step frees and asks for the same arrays again and again, and every page fetched anew
-    is a page fault: up to half of the time of `osa_forward` and `osa_backward`.  Elsewhere than on
-    Linux with glibc nothing happens.  `train.py` and the benchmarks call it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: below 1 GB no mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-
-
-@functools.cache
-def _pool(threads):
-    return ThreadPoolExecutor(threads)
-
-
-def batch_parts(a, target=2**19):
-    """Slices of the first axis of a (..., N, n), of about `target` numbers each, for `parallel`.
-
-    They depend on the shape alone, so results do not depend on the number of threads.  Smaller
-    parts would not pay: Python gives its lock away and takes it back at every call of NumPy.
-    A single matrix, and any array on a GPU, is one part.
-    """
-    if array_module(a) is not np or a.ndim < 3 or a.size < 2 * target:
-        return [...]
-    size = -(-a.shape[0] // (a.size // target))
-    return [slice(i, i + size) for i in range(0, a.shape[0], size)]
-
-
-def parallel(f, *iterables):
-    """[f(*arguments) for arguments in zip(*iterables)], on several threads."""
-    threads = thread_count()
-    if len(iterables[0]) == 1 or threads == 1:
-        return [f(*arguments) for arguments in zip(*iterables)]
-    return list(_pool(threads).map(f, *iterables))
-
-
-# ------------------------------------------------------------------------------------ fused kernels
-
-
-@functools.cache
-def fused(xp, inputs, outputs, code):
-    """A `cupy.ElementwiseKernel`: a formula over arrays, in CUDA's C++, as one kernel.
-
-    Beside each stands the same in NumPy.  `cupy.fuse` would make it of that, but (CuPy 14) computes
-    in float16 what is between two of Python's numbers, 1 − β₁ for instance.
-    """
-    return xp.ElementwiseKernel(inputs, outputs, code, "fused")
 
 
 # ---------------------------------------------------------------------------------- matrix products
@@ -197,6 +93,9 @@ def product(A, B, out=None):
     return C
 
 
+autograd.product = product  # for tensors too
+
+
 @functools.lru_cache(4096)
 def _plan(A_shape, A_strides, B_shape, B_strides, C_strides, itemsize):
     """The shape of C = A B and what cuBLAS wants to know of the three; None for one that it cannot
@@ -216,14 +115,14 @@ def _plan(A_shape, A_strides, B_shape, B_strides, C_strides, itemsize):
     sizes = (b and b[0], a and a[0], m, n, k)
     if c and c[0]:  # cuBLAS writes row by row
         c = None
-    distances = slice(1, 2) if count == 1 else slice(1, 3)
-    a, b, c = (x and x[distances] for x in (a, b, c))
+    leading = slice(1, 2) if count == 1 else slice(1, 3)
+    a, b, c = (x and x[leading] for x in (a, b, c))
     return (*batch, n, m), sizes, a, b, c and (c if count == 1 else (*c, count))
 
 
 def _layout(shape, strides, itemsize):
-    """How BLAS would find matrices (..., n, m): whether by columns (0 or 1), the distance of two
-    rows or columns, that of two matrices, in numbers.  None where it could not."""
+    """How BLAS would find matrices (..., n, m): whether by columns (0 or 1), the stride from row to
+    row or column to column, that from matrix to matrix, in elements.  None where it could not."""
     *strides, row, column = (s // itemsize for s in strides)
     *batch, n, m = shape
     matrices = None
@@ -232,7 +131,7 @@ def _layout(shape, strides, itemsize):
             if matrices is None:
                 matrices, following = stride, stride
             if stride != following:
-                return None  # the matrices do not lie at one distance
+                return None  # not one stride from matrix to matrix
             following = stride * length
     if matrices is not None and matrices < 0:
         return None
@@ -296,6 +195,16 @@ class Graph:
         finally:
             _cublas.reset(token)
         return self.stream.end_capture(), results
+
+
+def recorded(step, xp):
+    """step(chosen, offsets, *numbers) as a CUDA graph, whose numbers are arrays on the device."""
+    if xp is np:
+        raise ValueError("--graph: CUDA graphs need a GPU; leave it out on a CPU")
+    graph = Graph(xp, step)
+    return lambda chosen, offsets, *numbers: graph(
+        chosen, offsets, *(xp.full((), a, np.float32) for a in numbers)
+    )
 
 
 class RecordableBlas:

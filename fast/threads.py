@@ -1,0 +1,86 @@
+"""The parts of a batch on several threads, and memory that is kept from step to step."""
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from autograd import array_module
+
+
+def cores():
+    """The number of cores that are ours: those we are bound to, within the quota of a container."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max", no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        bound = min(bound, math.ceil(int(quota) / int(period)))
+    return max(1, bound or 1)
+
+
+def thread_count():
+    """Threads for `parallel`: OSA_THREADS, else the cores that BLAS leaves idle.
+
+    BLAS takes all cores unless OPENBLAS_NUM_THREADS says otherwise.  For many small matrices
+    OPENBLAS_NUM_THREADS=1 is the better division of labour.
+    """
+    asked = os.environ.get("OSA_THREADS", "")
+    blas = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return max(1, cores() // int(blas)) if blas.isdecimal() and int(blas) > 0 else 1
+
+
+def keep_freed_memory():
+    """Let the C library keep what is freed, instead of returning it to Linux page by page.
+
+    A training step frees and asks for the same arrays again and again, and every page fetched anew
+    is a page fault: up to half of the time of `osa_forward` and `osa_backward`.  Elsewhere than on
+    Linux with glibc nothing happens.  `train.py` and the benchmarks call it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: below 1 GB no mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+_working = threading.local()  # .here is set in the threads of a pool
+
+
+@functools.cache
+def _pool(threads):
+    return ThreadPoolExecutor(threads, initializer=lambda: setattr(_working, "here", True))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def batch_parts(a, target=2**19):
+    """Slices of the first axis of a (..., N, n), of about `target` elements each, for `parallel`.
+
+    They depend on the shape alone, so results do not depend on the number of threads.  Smaller
+    parts would not pay: Python gives its lock away and takes it back at every call of NumPy.
+    A single matrix, and any array on a GPU, is one part.
+    """
+    if array_module(a) is not np or a.ndim < 3 or a.size < 2 * target:
+        return [...]
+    size = -(-a.shape[0] // (a.size // target))
+    return [slice(i, i + size) for i in range(0, a.shape[0], size)]
+
+
+def parallel(f, *iterables):
+    """[f(*arguments) for arguments in zip(*iterables)], on several threads.
+
+    Within one of them it stays on that one: waiting for others of a full pool would never end.
+    """
+    threads = thread_count()
+    if len(iterables[0]) == 1 or threads == 1 or hasattr(_working, "here"):
+        return [f(*arguments) for arguments in zip(*iterables)]
+    return list(_pool(threads).map(f, *iterables))

@@ -1,0 +1,114 @@
+"""Files that are replaced whole or not at all, and checkpoints in the format of safetensors.
+
+A file is written under a temporary name in the same folder, brought to the disk and only then
+renamed, so whatever goes wrong (a full disk, a lost folder, Ctrl-C) leaves the earlier file as it
+was.
+"""
+
+import contextlib
+import json
+import os
+import zlib
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+EXPECTED = "a checkpoint written by this program"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be read, written or used; the message is one line."""
+
+
+def save(path, arrays, meta):
+    """Writes {name: array} and the JSON of the dict `meta` to `path`, with a checksum.
+
+    Raises CheckpointError if the disk refuses, with the earlier file intact; TypeError or
+    ValueError for arrays, names or a `meta` that cannot be kept.
+    """
+    record = json.dumps(meta)
+    export(path, arrays, {"meta": record, "crc32": str(checksum(arrays, record))})
+
+
+def export(path, arrays, metadata):
+    """Writes {name: array} and a dict of strings as a safetensors file, replaced like `save`'s.
+
+    arrays: NumPy, any shape, of booleans, integers or floats of at most 64 bits.
+    """
+    for name, a in arrays.items():
+        if not isinstance(a, np.ndarray) or a.dtype.kind not in "biuf" or a.itemsize > 8:
+            raise TypeError(f"{name} is not a NumPy array of booleans, integers or floats")
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise TypeError("the metadata of a safetensors file are strings")
+    # Row-major copies: the library writes the memory of others as if it were.
+    rows = {k: np.array(a, dtype=a.dtype.newbyteorder("="), order="C") for k, a in arrays.items()}
+    with replacing(path) as file:
+        file.write(safetensors.numpy.save(rows, metadata))
+
+
+def load(path):
+    """(arrays, meta) as `save` was given them, tuples in `meta` as lists.
+
+    Raises CheckpointError if the file is missing, truncated, altered or not a checkpoint.
+    """
+    with reading(path, CheckpointError, EXPECTED):
+        with safetensors.safe_open(path, "np") as file:
+            arrays, about = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+        if "crc32" not in about or about["crc32"] != str(checksum(arrays, about.get("meta", ""))):
+            raise ValueError("altered, or not written by this program")
+        return arrays, json.loads(about["meta"])
+
+
+def checksum(arrays, record):
+    """CRC-32 of names, dtypes, shapes, contents and the record."""
+    crc = zlib.crc32(record.encode())
+    for name, a in sorted(arrays.items()):
+        crc = zlib.crc32(f"{name} {a.dtype} {a.shape}".encode(), crc)
+        crc = zlib.crc32(a.tobytes(), crc)
+    return crc
+
+
+@contextlib.contextmanager
+def reading(path, error_class, expected):
+    """Inside this context whatever a bad file causes becomes an `error_class` of one line."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries that read files raise errors of many classes
+        what = next(iter(str(error).splitlines()), "")[:200]  # a name can be all of the file
+        if isinstance(error, OSError) and error.filename:  # it could not be opened
+            what = error.strerror
+        elif isinstance(error, FileNotFoundError):
+            what = "no such file"
+        elif type(error) is not ValueError and "missing" not in what:  # a module of Python's
+            what = f"damaged or truncated ({type(error).__name__}: {what})"
+        raise error_class(f"{path}: {what}; expected {expected}") from error
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` once all of it is on the disk."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            raise CheckpointError(f"{path} could not be written: {why}") from error
+        raise
+    with contextlib.suppress(OSError):  # the new name itself; not every system opens a folder
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,40 @@
+"""A batch divided among threads, each with a model of its own.
+
+NumPy's single calls are too short here to be worth dividing: with two threads a step takes two
+thirds of the time.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from training.optimizers import attach
+
+
+def in_threads(gradients, models, run):
+    """gradients(images, labels) by gradients(model, images, labels) in a thread for each of
+    `models`.
+
+    All models share the weights of the run; run.grads are those of the first model, to which those
+    of the others are added, each with its share of the batch.
+    """
+    others = []
+    for model in models[1:]:
+        parameters = model.parameters
+        others.append(attach({k: parameters[k] for k in run.parameters}, run.weights))
+    pool = ThreadPoolExecutor(len(models))
+
+    def divided(images, labels):
+        B = len(labels)
+        used = min(len(models), B)
+        ends = [B * i // used for i in range(used + 1)]
+        parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
+        for buffer in others[: used - 1]:
+            buffer[...] = 0
+        results = list(pool.map(lambda m, p: gradients(m, images[p], labels[p]), models, parts))
+        shares = [(p.stop - p.start) / B for p in parts]
+        run.grads *= shares[0]
+        for buffer, share in zip(others, shares[1:]):
+            run.grads += share * buffer
+        losses, right = zip(*results)
+        return sum(share * loss for share, loss in zip(shares, losses)), sum(right)
+
+    return divided
