@@ -32,7 +32,9 @@ VIEWS = frozenset(
 )
 
 # What CuPy refuses while a stream records, or could not be recorded: besides, all of `linalg`.
-UNRECORDED = frozenset("matmul __matmul__ dot tensordot einsum nonzero unique argwhere".split())
+UNRECORDED = frozenset(
+    "matmul __matmul__ dot tensordot einsum nonzero unique argwhere rfft2 irfft2".split()
+)
 
 # Public callables and types of NumPy 2.4 that CuPy 14.0.1 lacks, found by comparing dir() of both.
 MISSING = frozenset(
@@ -386,6 +388,7 @@ class _Stream:
 
 
 ndarray, linalg = Array, _Linalg()
+fft = _types.SimpleNamespace(rfft2=_call(_np.fft.rfft2), irfft2=_call(_np.fft.irfft2))
 recordable_cublas = _types.SimpleNamespace(  # `fast.gpu.RecordableBlas`
     **dict(zip(("sgemm", "sgemmStridedBatched"), _gemm(_np.dtype("f4")))),
     **dict(zip(("dgemm", "dgemmStridedBatched"), _gemm(_np.dtype("f8")))),
