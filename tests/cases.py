@@ -10,8 +10,7 @@ import autograd as ag
 import fast
 import osa_minimal
 
-DTYPES = [np.float32, np.float64]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+DTYPES = {"float32": np.float32, "float64": np.float64}
 
 
 class Operator(NamedTuple):
@@ -50,9 +49,6 @@ def paper(method):
 ROUTES = ["auto", "gram", "qr", "newton_schulz", "dense", "products"]
 METHODS = ["qr", "newton_schulz"]
 OPERATORS = {r: route(r) for r in ROUTES} | {f"paper {m}": paper(m) for m in METHODS}
-each_route = pytest.mark.parametrize("route", ROUTES)
-each_method = pytest.mark.parametrize("method", METHODS)
-each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 
 
 def columns(rng, n, m):
@@ -110,7 +106,6 @@ CASES = """generic|batch, alpha per head|batch, one head has alpha 0|repeated co
 columns 1e-3 apart|columns 1e-7 apart|repeated tokens|repeated angles|K = Q|alpha = 0|
 Q = K = V = 0|Q = 0|N < 2 d_v|N = 2 d_v + 1|N = 1|d_v = 1|padded rows|
 large angles""".replace("\n", "").split("|")
-each_case = pytest.mark.parametrize("case", CASES)
 
 
 def cast(dtype, *arrays):
@@ -194,7 +189,6 @@ SPECTRA = {
     "large": lambda rng: 5 * skew(rng, 6),
     "one by one": lambda rng: np.zeros((1, 1)),
 }
-each_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
 
 
 def turned(S, rng):

@@ -10,13 +10,9 @@ import pytest
 import refusing
 from cases import (
     OPERATORS,
-    SPECTRA,
     cast,
     close,
     columns,
-    each_dtype,
-    each_route,
-    each_spectrum,
     expm_one_by_one,
     gradient_sizes,
     gradients_close,
@@ -37,10 +33,9 @@ from fast.small import phi1 as phi1_of_numbers
 # -------------------------------------------------------------- small exponential, its derivative
 
 
-@each_spectrum
 def test_frechet_derivative_is_the_corner_of_a_block_triangular_exp(spectrum, rng):
     """exp of [[S, E], [0, S]] is [[exp S, L(S, E)], [0, exp S]], for any E."""
-    S = SPECTRA[spectrum](rng)
+    S = spectrum(rng)
     E = rng.standard_normal(S.shape)
     n = S.shape[-1]
     corner = expm_one_by_one(np.block([[S, E], [np.zeros_like(S), S]]))[..., :n, n:]
@@ -56,11 +51,10 @@ SMALL = {
 }
 
 
-@each_spectrum
 @pytest.mark.parametrize("small", SMALL)
 @pytest.mark.parametrize("slack", [1.0, 1.7])
 def test_every_small_exponential_is_the_spectral_formula(spectrum, small, slack, rng, xp):
-    S = SPECTRA[spectrum](rng)
+    S = spectrum(rng)
     W, G = (rng.standard_normal((*S.shape[:-1], 3)) for _ in range(2))
     rho = slack * spectral_norm(S)  # any bound on the spectrum will do
     n = S.shape[-1]
@@ -127,7 +121,6 @@ def powers(rng, N, d):
 
 @pytest.mark.parametrize("tokens", [parallel_tokens, nearly_equal, hardly_apart, powers])
 @pytest.mark.parametrize("N, d", [(24, 4), (60, 8), (12, 8)])
-@each_dtype
 def test_auto_stays_accurate_for_parallel_tokens_and_for_K_near_Q(tokens, N, d, dtype, rng, xp):
     Q, K = cast(dtype, *tokens(rng, N, d))
     V, dO = cast(dtype, *rng.standard_normal((2, N, d)))
@@ -151,7 +144,6 @@ def test_auto_stays_accurate_for_parallel_tokens_and_for_K_near_Q(tokens, N, d, 
     gradients_close(fast.osa_backward(xp.asarray(dO), saved), exact, sizes, tol)
 
 
-@each_dtype
 @pytest.mark.parametrize("N, d", [(128, 16), (200, 4), (784, 16)])
 @pytest.mark.parametrize("different", [1, 2])
 def test_equal_tokens_are_no_trouble(different, N, d, dtype, rng, xp):
@@ -373,7 +365,6 @@ BAD_GRADIENTS = {
 }
 
 
-@each_route
 @pytest.mark.parametrize("fault", BAD_GRADIENTS)
 def test_a_bad_output_gradient_is_refused_by_name(fault, route):
     O, saved = fast.osa_forward(*make("generic"), route)

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import pytest
 
 import autograd as ag
-import checkpoint
 import osa_minimal
 import train
 
