@@ -13,6 +13,7 @@ import refusing
 
 import autograd as ag
 from autograd import Tensor
+from fast.gpu import find_device
 
 # Central differences with h = eps^(1/3) are right to about eps^(2/3) = 4e-11 of the terms summed;
 # the third derivatives of the functions below are at most a few hundred times as large.
@@ -290,10 +291,18 @@ def test_gradients_accumulate_over_graphs(xp, rng):
     x = Tensor(xp.asarray(a), requires_grad=True)
     (x * x).backward(xp.asarray(G))
     first = x.grad
-    kept = np.array(ag.to_cpu(first))
     (x * 3.0).backward(xp.asarray(G))
     np.testing.assert_array_equal(ag.to_cpu(x.grad), 2 * a * G + 3.0 * G)
-    np.testing.assert_array_equal(ag.to_cpu(first), kept)  # not changed under its owner's hands
+    assert x.grad is first  # in place: it may be a view of one array for all gradients
+
+
+def test_gradients_are_added_to_views_of_one_array(xp, rng):
+    a, b, G = rng.standard_normal((3, 2, 3))
+    x, y = (Tensor(xp.asarray(v), requires_grad=True) for v in (a, b))
+    joined = xp.ones(12)
+    x.grad, y.grad = joined[:6].reshape(2, 3), joined[6:].reshape(2, 3)
+    (x * y).backward(xp.asarray(G))
+    np.testing.assert_array_equal(ag.to_cpu(joined), 1 + np.ravel([b * G, a * G]))
 
 
 def test_gradients_share_no_memory_with_each_other_or_with_the_one_passed_in(rng):
@@ -567,12 +576,17 @@ class FakeCuPy(types.ModuleType):
 
     def __init__(self, product):
         super().__init__("cupy")
-        self.product = product
-        device = types.SimpleNamespace(id=0)
+        self.product, self.used = product, 0
+        properties = [{"name": f"fake GPU {i}".encode()} for i in range(3)]
         self.cuda = types.SimpleNamespace(
-            Device=lambda: device,
-            runtime=types.SimpleNamespace(getDeviceProperties=lambda i: {"name": b"a fake GPU"}),
+            Device=lambda i=None: types.SimpleNamespace(id=self.used, use=lambda: self.use(i)),
+            runtime=types.SimpleNamespace(
+                getDeviceProperties=properties.__getitem__, getDeviceCount=lambda: len(properties)
+            ),
         )
+
+    def use(self, i):
+        self.used = i
 
     def arange(self, n, dtype):
         if isinstance(self.product, Exception):
@@ -618,7 +632,7 @@ BROKEN = {
 def test_auto_falls_back_to_the_cpu_and_says_why(state, monkeypatch):
     fake, why = BROKEN[state]
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    module, reason = ag.find_device("auto")
+    module, reason = find_device("auto")
     assert module is np and why in reason and "\n" not in reason
 
 
@@ -627,7 +641,7 @@ def test_cuda_without_a_working_gpu_is_an_error_that_names_the_remedy(state, mon
     fake, why = BROKEN[state]
     monkeypatch.setitem(sys.modules, "cupy", fake)
     with pytest.raises(RuntimeError, match=r"requirements-cuda1\d\.txt") as error:
-        ag.find_device("cuda")
+        find_device("cuda")
     assert why in str(error.value)
 
 
@@ -635,19 +649,26 @@ def test_cuda_without_a_working_gpu_is_an_error_that_names_the_remedy(state, mon
 def test_a_gpu_that_computes_is_found_and_named(name, monkeypatch):
     fake = FakeCuPy(RIGHT)
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    module, reason = ag.find_device(name)
-    assert module is fake and "a fake GPU" in reason
+    module, reason = find_device(name)
+    assert module is fake and "fake GPU 0" in reason
+
+
+@pytest.mark.parametrize("card, used", [(1, 1), (2, 2), (4, 1)])
+def test_of_several_gpus_each_process_takes_one_round_and_round(card, used, monkeypatch):
+    fake = FakeCuPy(RIGHT)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    assert f"fake GPU {used}" in find_device("auto", card)[1] and fake.used == used
 
 
 def test_cpu_is_numpy_and_does_not_import_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", FakeCuPy(RIGHT))
-    assert ag.find_device("cpu")[0] is np
+    assert find_device("cpu")[0] is np
 
 
 @pytest.mark.parametrize("name", ["gpu", "", None, "cuda:0"])
 def test_an_unknown_device_is_refused_by_name(name):
     with pytest.raises(ValueError, match="device must be"):
-        ag.find_device(name)
+        find_device(name)
 
 
 # ------------------------------------------------------------------ the stand-in for CuPy itself
