@@ -62,7 +62,8 @@ def train_once(options):
             return outcome | {"max_s": math.inf}
     seconds = time.process_time() - start
     validation = report.accuracy(run.model, run.x_val, run.y_val, run.standardise)[0]
-    test = report.accuracy(run.model, run.x_test, run.y_test, run.standardise)[0]
+    held_out = run.dataset.x_test, run.dataset.y_test
+    test = report.accuracy(run.model, *held_out, run.standardise)[0]
     tail = losses[-50:]
     values = validation, test, sum(tail) / len(tail), largest, run.weights.size, round(seconds, 1)
     return dict(zip(OUTCOME, values))

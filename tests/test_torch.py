@@ -56,9 +56,9 @@ def test_a_trained_and_exported_run_gives_the_same_logits(tmp_path, monkeypatch)
                 "--out", str(out), "--export", str(path)])  # fmt: skip
     config, _, arrays = resume.load(out, train.Config, {})
     run = train.Run(config, data.load())
-    resume.restore(run, arrays)
+    resume.restore(arrays, run.parameters)
     theirs = SkiplessTransformer(path)
-    images = run.x_test[:50]
+    images = run.dataset.x_test[:50]
     got = theirs((torch.tensor(images).float() / 255 - theirs.mean) / theirs.std)
     wanted = run.model(run.standardise(images)).data
     assert got.dtype == torch.float32 and wanted.dtype == np.float32
