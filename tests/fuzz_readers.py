@@ -25,8 +25,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint  # noqa: E402
-import data  # noqa: E402
 import report  # noqa: E402
+
+import data  # noqa: E402
 import train  # noqa: E402
 
 MEMORY = 8 * 2**20  # bytes; the files themselves are of some 10 kB

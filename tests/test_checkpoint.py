@@ -11,10 +11,9 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import pytest
-
-import checkpoint
 from checkpoint import CheckpointError
 
 ROOT = Path(checkpoint.__file__).parent

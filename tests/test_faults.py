@@ -5,12 +5,12 @@ import subprocess
 import sys
 import time
 
+import checkpoint
 import kill_training
 import numpy as np
 import pytest
 from test_train import ROOT, cli, json_of, refuse, rows_of, start, succeed, weights
 
-import checkpoint
 import train
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no POSIX signals")

@@ -12,12 +12,12 @@ import sys
 import types
 from pathlib import Path
 
+import checkpoint
+import machines
 import numpy as np
 import pytest
 
 import autograd as ag
-import checkpoint
-import machines
 import train
 
 ROOT = Path(train.__file__).parent

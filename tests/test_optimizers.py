@@ -3,10 +3,10 @@
 import math
 
 import numpy as np
+import optimizers
 import pytest
 
 import autograd as ag
-import optimizers
 from osa_minimal import random_orthogonal
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (3, 8, 4), (5, 1)]

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import pytest
 

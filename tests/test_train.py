@@ -19,15 +19,15 @@ import zipfile
 from pathlib import Path
 from unittest import mock
 
+import baselines
+import checkpoint
 import numpy as np
+import optimizers
 import pytest
 from matplotlib.figure import Figure
 
 import autograd as ag
-import baselines
-import checkpoint
 import data
-import optimizers
 import osa_minimal
 import train
 
