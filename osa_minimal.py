@@ -242,8 +242,7 @@ def jacobian_bound(X, W_QK, W_V, alpha):
 
 
 def tailored_slope(depth, eta=None):
-    """Slope a of the leaky ReLU for which `depth` of them take correlation 0 to eta; None: to 0.65,
-    or to 96 % of what ReLUs reach where that is less.
+    """Slope a with which `depth` leaky ReLUs take correlation 0 to eta; None: to 0.65, or to less.
 
     For unit-variance pairs of correlation c, φ_a(x) = √(2/(1+a²)) LReLU_a(x) gives
         C_a(c) = c + (1−a)²/(π(1+a²)) (√(1−c²) − c arccos c)      (TAT, arXiv 2203.08120).

@@ -213,4 +213,4 @@ def in_folder(run, progress, args, device):
 
 
 if __name__ == "__main__":
-    run_command(main, errors=(data.DataError, checkpoint.CheckpointError))
+    run_command(main, errors=(data.DataError, checkpoint.CheckpointError, NotImplementedError))
