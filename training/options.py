@@ -141,7 +141,7 @@ def run_command(main, errors):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, NotImplementedError, *errors) as error:
+    except (UserError, *errors) as error:
         message, status = f"error: {' '.join(str(error).splitlines())}", 2
     except BrokenPipeError:  # `train.py | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
