@@ -77,6 +77,9 @@ def build(config, image, classes, xp=np):
     attention = relatives.ATTENTION[config.attention]
     if config.attention == "osa" and config.operator == "paper":
         attention = osa_minimal.MultiHeadOSA
+    if config.attention in relatives.LAYERS:  # some have weights for a number of tokens
+        tokens = image[0] * image[1] // config.patch**2
+        attention = functools.partial(attention, tokens=tokens)
     return relatives.Transformer(
         d=config.width, heads=config.heads, depth=config.depth, patch=config.patch, image=image,
         classes=classes, mlp_ratio=config.mlp_ratio, eta=config.eta or None, attention=attention,

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import optimizers
 import pytest
 
 import autograd as ag

@@ -5,7 +5,10 @@ The promise of test_properties_autograd.py: the formula in float64, or an error 
 
 import math
 
+import baselines
 import numpy as np
+import optimizers
+import products
 import pytest
 from test_properties import LAYOUTS, SHAPES, laid_out
 from test_properties_autograd import (
@@ -21,11 +24,8 @@ from test_properties_autograd import (
     with_gradients,
 )
 
-import baselines
 import data
-import optimizers
 import osa_minimal as osa
-import products
 from autograd import Tensor
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import pytest
 
