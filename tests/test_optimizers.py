@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import optimizers
 import pytest
 
 import autograd as ag

@@ -12,7 +12,6 @@ import sys
 import types
 from pathlib import Path
 
-import checkpoint
 import numpy as np
 import pytest
 
