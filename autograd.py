@@ -1,17 +1,16 @@
 """Reverse-mode automatic differentiation over NumPy or CuPy arrays, from nothing.
 
-A `Tensor` wraps an array and remembers the operation that made it: its parents and, for each
-parent, a vector-Jacobian product (VJP), the map from the gradient of the output to the gradient
-of that argument.  `Tensor.backward` walks the graph once, from the output to the leaves, and
-applies the VJPs.  Each operation below stands beside its VJPs, in the order of its arguments.
-
-An operator whose backward pass was derived by hand enters the graph through `operator`; that is
-how Orthogonal Self-Attention is plugged in.  The gradients are checked by `gradient_check`.
+A `Tensor` wraps an array and remembers the operation that made it: its parents and, for each of
+them, a vector-Jacobian product (VJP), which takes the gradient of the output to that of the parent.
+`Tensor.backward` walks the graph once, from the output to the leaves, and applies the VJPs.  Each
+operation stands beside its VJPs, in the order of its arguments; one whose backward pass was derived
+by hand, as that of Orthogonal Self-Attention, comes in through `operator`.
 """
 
 import contextlib
 import contextvars
 import functools
+import inspect
 import math
 import sys
 
@@ -30,10 +29,8 @@ def array_module(*arrays):
     for a in arrays:
         module = _module_of(type(a.data if isinstance(a, Tensor) else a))
         if found is not None and module not in (None, found):
-            raise TypeError(
-                f"arrays of {found.__name__} and {module.__name__} cannot be mixed; "
-                "move them to one device first"
-            )
+            names = f"{found.__name__} and {module.__name__}"
+            raise TypeError(f"arrays of {names} cannot be mixed; move them to one device first")
         found = found or module
     return found or np
 
@@ -46,6 +43,8 @@ def _module_of(kind):
     module = sys.modules[kind.__module__.partition(".")[0]]
     if not (hasattr(kind, "dtype") and hasattr(kind, "shape") and hasattr(module, "ndarray")):
         raise TypeError(f"expected a NumPy or CuPy array, got {kind.__name__}")
+    if issubclass(kind, (np.matrix, np.ma.MaskedArray)):  # `*` and `sum` mean other things there
+        raise TypeError(f"expected a plain array, got {kind.__name__}; np.asarray makes one")
     return module
 
 
@@ -55,11 +54,8 @@ def to_cpu(a):
 
 
 def product(A, B):
-    """A @ B for arrays (..., n, k) and (..., k, m).
-
-    Every matrix product of a tensor comes by here, so that a device may have it done in another
-    way: `fast` puts one in this place that spares CuPy's copies.
-    """
+    """A @ B for arrays; every matrix product of tensors comes by here, where `fast` puts a function
+    that spares CuPy's copies."""
     return A @ B
 
 
@@ -70,7 +66,14 @@ _recording = contextvars.ContextVar("recording", default=True)  # one value per 
 
 @contextlib.contextmanager
 def no_grad():
-    """Inside this context no graph is recorded."""
+    """Inside this context no graph is recorded.
+
+    RuntimeError in a generator: whoever asked it for a value would be inside as well.
+    """
+    frame = sys._getframe(2)  # that of the `with`; one of another context is none the worse
+    outside = frame.f_back and frame.f_back.f_code.co_filename
+    if frame.f_code.co_flags & inspect.CO_GENERATOR and outside != contextlib.__file__:
+        raise RuntimeError("no_grad() in a generator would hold outside of it between two values")
     token = _recording.set(False)
     try:
         yield
@@ -82,7 +85,7 @@ class Tensor:
     """An array, its gradient, and the operation that made it.
 
     data: a NumPy or CuPy array (anything else is converted by NumPy).
-    requires_grad: whether `backward` should add to `.grad` (an array of the same shape and dtype).
+    requires_grad: whether `backward` adds to `.grad`, an array of the same shape and dtype.
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_parents", "_backward")
@@ -92,6 +95,7 @@ class Tensor:
         if isinstance(data, Tensor):
             raise TypeError("a Tensor cannot wrap a Tensor")
         self.data = data if hasattr(data, "dtype") and hasattr(data, "ndim") else np.asarray(data)
+        array_module(self.data)  # TypeError for what is no array
         if requires_grad and self.data.dtype.kind != "f":
             raise TypeError(f"only floating-point tensors have gradients, got {self.data.dtype}")
         self.grad = None
@@ -104,11 +108,11 @@ class Tensor:
     dtype = property(lambda self: self.data.dtype)
     size = property(lambda self: self.data.size)
 
-    def __len__(self):
-        return len(self.data)
-
     def __repr__(self):
         return f"Tensor({self.data!r}, requires_grad={self.requires_grad})"
+
+    def __array__(self, *args, **kw):
+        raise TypeError("a Tensor is no array; take its .data")
 
     def backward(self, grad=None):
         """Adds the gradient of ⟨grad, self⟩ to `.grad` of every leaf that requires one.
@@ -120,21 +124,17 @@ class Tensor:
         """
         if not self.requires_grad:
             raise RuntimeError("backward() on a tensor that requires no gradient")
-        if self._backward is _USED:
-            raise RuntimeError("this graph was freed by an earlier backward(); build it again")
         xp = array_module(self.data)
-        if grad is None:
+        if grad is None or isinstance(grad, (int, float)):
             if self.size != 1:
                 raise ValueError(f"backward() needs a gradient for a tensor of shape {self.shape}")
-            grad = xp.ones_like(self.data)
+            grad = xp.full_like(self.data, 1 if grad is None else grad)
         if isinstance(grad, Tensor):
             raise TypeError("grad must be an array, not a Tensor")
         array_module(self.data, grad)  # TypeError for what is no array
         if grad.shape != self.shape or grad.dtype != self.dtype:
-            raise ValueError(
-                f"grad has shape {grad.shape} and dtype {grad.dtype}, "
-                f"the tensor {self.shape} and {self.dtype}"
-            )
+            got = f"{grad.dtype} {grad.shape}"
+            raise ValueError(f"grad must be {self.dtype} {self.shape} as the tensor, got {got}")
 
         grads = {id(self): grad}
         for node in reversed(topological_order(self)):
@@ -146,13 +146,18 @@ class Tensor:
                     node.grad += g
                 continue
             if node._backward is _USED:
-                raise RuntimeError("part of this graph was freed by an earlier backward()")
-            parent_grads = node._backward(g)
-            for parent, gp in zip(node._parents, parent_grads):
+                raise RuntimeError("this graph was freed by an earlier backward(); build it again")
+            parents, parent_grads = node._parents, list(node._backward(g))
+            name = node._backward.__qualname__.partition(".")[0]
+            if len(parent_grads) != len(parents):
+                what = f"{len(parent_grads)} gradients for {len(parents)} arguments"
+                raise ValueError(f"the backward pass of {name} gave {what}")
+            for parent, gp in zip(parents, parent_grads):
                 if not parent.requires_grad:
                     continue
-                if gp.shape != parent.shape:
-                    raise ValueError(f"a VJP gave shape {gp.shape} for an argument {parent.shape}")
+                if getattr(gp, "shape", None) != parent.shape or gp.dtype.kind != "f":
+                    what = f"{getattr(gp, 'shape', gp)} for an argument {parent.shape}"
+                    raise ValueError(f"the backward pass of {name} gave a gradient {what}")
                 # Sum into a new array, never in place: `add` hands the same array to both
                 # parents, and an in-place sum would change the other one's gradient.
                 k = id(parent)
@@ -160,8 +165,7 @@ class Tensor:
             node._parents, node._backward = (), _USED  # free what the operation saved
 
 
-def _USED(grad):
-    """Marks a node whose saved arrays have been freed."""
+_USED = object()  # in the place of a backward pass whose saved arrays have been freed
 
 
 def topological_order(output):
@@ -194,16 +198,16 @@ def unbroadcast(g, shape):
     new = g.ndim - len(shape)
     if new < 0 or any(n not in (1, m) for n, m in zip(shape, g.shape[new:])):
         raise ValueError(f"shape {tuple(shape)} does not broadcast to {g.shape}")
-    g = g.sum(axis=tuple(range(new)))
+    g = total(g, axis=tuple(range(new)))
     stretched = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
-    return g.sum(axis=stretched, keepdims=True) if stretched else g
+    return total(g, axis=stretched, keepdims=True) if stretched else g
 
 
 def record(data, parents, backward):
     """A Tensor for `data`, made from the tensors `parents`.
 
-    backward: takes the gradient of `data`, returns a sequence of one gradient per parent;
-    entries for parents that need none may be None.  It is kept only if a graph is recorded.
+    backward: takes the gradient of `data`, returns one gradient per parent, or None for those that
+    need none; it is kept only if a graph is recorded.
     """
     out = Tensor(data)
     if _recording.get() and any(p.requires_grad for p in parents):
@@ -220,36 +224,41 @@ def operator(forward, backward):
 
     def apply(*args):
         parents = _tensors(*args)
-        out, saved = forward(*(p.data for p in parents))
-        return record(out, parents, lambda g: backward(g, saved))
+        out, saved = forward(*_values(*parents))
+
+        def vjp(g):
+            return backward(g, saved)
+
+        vjp.__qualname__ = forward.__name__  # for messages
+        return record(out, parents, vjp)
 
     return apply
 
 
 def _tensors(*args):
-    """Tensors of one module; Python scalars take the dtype of the arrays beside them."""
-    arrays = [a.data if isinstance(a, Tensor) else a for a in args]
-    xp = array_module(*arrays)
-    dtype = next((a.dtype for a in arrays if hasattr(a, "dtype") and a.dtype.kind == "f"), None)
-    return [
-        a
-        if isinstance(a, Tensor)
-        # A number is written by the device itself, where `asarray` would be a transfer.
-        else Tensor(xp.full((), a, dtype) if isinstance(a, (bool, int, float)) else xp.asarray(a))
-        for a in args
-    ]
+    """Tensors of one module; numbers, Python's or NumPy's, take the dtype of their neighbours."""
+    numbers = bool, int, float, np.generic
+    others = [a for a in args if not isinstance(a, numbers)]
+    xp, dtype = array_module(*others), next((a.dtype for a in others if a.dtype.kind == "f"), None)
+    # A number is written by the device itself, where `asarray` would be a transfer.
+    tensors = (Tensor(xp.full((), a, dtype)) if isinstance(a, numbers) else a for a in args)
+    return [a if isinstance(a, Tensor) else Tensor(a) for a in tensors]
+
+
+def _values(*tensors):
+    """The arrays that an operation keeps for its backward pass; those of leaves are copies, since
+    an optimiser may have changed them by then."""
+    if not _recording.get() or not any(t.requires_grad for t in tensors):
+        return [t.data for t in tensors]
+    return [t.data if t._parents else array_module(t).array(t.data) for t in tensors]
 
 
 def _elementwise(out, parents, *vjps):
     """Records an operation with broadcasting: one VJP per parent, in argument order."""
 
-    def backward(g):
-        return [
-            unbroadcast(vjp(g), p.shape) if p.requires_grad else None
-            for p, vjp in zip(parents, vjps)
-        ]
-
-    return record(out, parents, backward)
+    return record(out, parents, lambda g: [
+        unbroadcast(vjp(g), p.shape) if p.requires_grad else None for p, vjp in zip(parents, vjps)
+    ])  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- the operations
@@ -270,23 +279,26 @@ def subtract(a, b):
 def multiply(a, b):
     """a · b elementwise, with broadcasting."""
     a, b = _tensors(a, b)
-    return _elementwise(a.data * b.data, (a, b), lambda g: g * b.data, lambda g: g * a.data)
+    A, B = _values(a, b)
+    return _elementwise(A * B, (a, b), lambda g: g * B, lambda g: g * A)
 
 
 def divide(a, b):
     """a / b elementwise, with broadcasting."""
     a, b = _tensors(a, b)
-    out = a.data / b.data
-    return _elementwise(out, (a, b), lambda g: g / b.data, lambda g: -g * out / b.data)
+    A, B = _values(a, b)
+    out = A / B
+    return _elementwise(out, (a, b), lambda g: g / B, lambda g: -g * out / B)
 
 
 def power(a, exponent):
-    """a ** exponent for a constant Python number."""
-    if not isinstance(exponent, (int, float)):
-        raise TypeError(f"exponent must be a Python number, got {type(exponent).__name__}")
+    """a ** exponent for a constant number."""
+    if not isinstance(exponent, (int, float, np.number)):
+        raise TypeError(f"exponent must be a number, got {type(exponent).__name__}")
     (a,) = _tensors(a)
-    lower = exponent - 1 if exponent else 0  # a⁰ is constant, also at 0
-    return _elementwise(a.data**exponent, (a,), lambda g: g * (exponent * a.data**lower))
+    (A,), n = _values(a), exponent if isinstance(exponent, int) else float(exponent)
+    lower = n - 1 if n else 0  # a⁰ is constant, also at 0
+    return _elementwise(A**n, (a,), lambda g: g * (n * A**lower))
 
 
 def exp(a):
@@ -299,7 +311,8 @@ def exp(a):
 def log(a):
     """The natural logarithm elementwise."""
     (a,) = _tensors(a)
-    return _elementwise(array_module(a).log(a.data), (a,), lambda g: g / a.data)
+    (A,) = _values(a)
+    return _elementwise(array_module(A).log(A), (a,), lambda g: g / A)
 
 
 def sqrt(a):
@@ -310,64 +323,68 @@ def sqrt(a):
 
 
 def maximum(a, constant):
-    """max(a, constant) elementwise for a Python number; gradient 0 where the constant wins."""
+    """max(a, constant) elementwise for a number; gradient 0 where the constant wins."""
     (a,) = _tensors(a)
-    out = array_module(a).maximum(a.data, constant)
-    return _elementwise(out, (a,), lambda g: g * (a.data > constant))
+    (A,) = _values(a)
+    out = array_module(A).maximum(A, float(constant))
+    return _elementwise(out, (a,), lambda g: g * (A > constant))
 
 
 def leaky_relu(a, slope, gain=1.0):
     """gain · (a if a > 0 else slope · a), for 0 ≤ slope ≤ 1 and gain > 0."""
     if not (0 <= slope <= 1 and gain > 0):
         raise ValueError(f"slope must be in 0 … 1 and gain positive, got {slope} and {gain}")
-    (a,) = _tensors(a)
-    out = array_module(a).maximum(gain * a.data, (gain * slope) * a.data)
+    (a,), slope, gain = _tensors(a), float(slope), float(gain)
+    low = gain * slope * a.data if slope else 0  # not 0 · ∞
+    out = array_module(a).maximum(gain * a.data, low)
 
-    def vjp(g):  # g · (low or gain); arithmetic on the mask is 6 times faster than `where`
-        derivative = (out > 0).astype(g.dtype)
-        derivative *= gain * (1 - slope)
-        derivative += gain * slope
-        derivative *= g
-        return derivative
+    def vjp(g):  # arithmetic on the mask is 6 times faster than `where`
+        return ((out > 0).astype(g.dtype) * (gain * (1 - slope)) + gain * slope) * g
 
     return _elementwise(out, (a,), vjp)
 
 
-def sum(a, axis=None, keepdims=False):
+def total(a, axis=None, keepdims=False, mean=False):
+    """The sum or mean of an array, in float64: NumPy would add up rows one by one in float32."""
+    wide = np.float64 if array_module(a) is np and a.dtype.kind == "f" else None
+    out = a.sum(axis=axis, dtype=wide, keepdims=keepdims)
+    out = out * (out.size / a.size) if mean else out
+    return out.astype(a.dtype) if a.dtype.kind == "f" else out
+
+
+def sum(a, axis=None, keepdims=False, mean=False):
     """The sum over `axis` (an int, a tuple of ints, or None for all)."""
     (a,) = _tensors(a)
-    xp = array_module(a)
-    out = a.data.sum(axis=axis, keepdims=keepdims)
+    out, xp = total(a.data, axis, keepdims, mean), array_module(a)
+    weight = out.size / a.size if mean else 1.0
 
     def backward(g):
-        if axis is not None and not keepdims:
-            g = xp.expand_dims(g, axis)
-        return [xp.broadcast_to(g, a.shape)]
+        g = g if axis is None or keepdims else xp.expand_dims(g, axis)
+        return [xp.broadcast_to(weight * g, a.shape)]
 
     return record(out, (a,), backward)
 
 
 def mean(a, axis=None, keepdims=False):
     """The mean over `axis`."""
-    (a,) = _tensors(a)
-    if not a.size:
+    if not math.prod(a.shape):
         raise ValueError(f"no mean of an empty tensor, shape {a.shape}")
-    out = sum(a, axis, keepdims)
-    return out * (out.size / a.size)
+    return sum(a, axis, keepdims, mean=True)
 
 
 def reshape(a, shape):
     """The same entries in another shape."""
     (a,) = _tensors(a)
     shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
-    return record(a.data.reshape(shape), (a,), lambda g: [g.reshape(a.shape)])
+    return record(_values(a)[0].reshape(shape), (a,), lambda g: [g.reshape(a.shape)])
 
 
 def transpose(a, axes=()):
     """The axes in another order; reversed when none is given."""
     (a,) = _tensors(a)
+    axes = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple) else axes
     axes = tuple(axes) or tuple(reversed(range(a.ndim)))
-    out = a.data.transpose(axes)
+    out = _values(a)[0].transpose(axes)
     inverse = sorted(range(a.ndim), key=lambda i: axes[i] % a.ndim)
     return record(out, (a,), lambda g: [g.transpose(inverse)])
 
@@ -377,16 +394,15 @@ def getitem(a, index):
     (a,) = _tensors(a)
     for i in index if isinstance(index, tuple) else (index,):
         if not (i is None or i is Ellipsis or isinstance(i, (int, slice))):
-            raise TypeError(
-                f"index must be made of ints, slices, ... and None, got {type(i).__name__}"
-            )
+            got = type(i).__name__
+            raise TypeError(f"index must be made of ints, slices, ... and None, got {got}")
 
     def backward(g):
         full = array_module(g).zeros(a.shape, g.dtype)
         full[index] = g
         return [full]
 
-    return record(a.data[index], (a,), backward)
+    return record(_values(a)[0][index], (a,), backward)
 
 
 def concatenate(tensors, axis=-1):
@@ -409,11 +425,12 @@ def matmul(a, b):
     if b.ndim == 2 and a.ndim > 2:  # (..., N, k) x (k, m): one large product, not many small ones
         rows = reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
         return reshape(matmul(rows, b), (*a.shape[:-1], b.shape[-1]))
+    A, B = _values(a, b)
     return _elementwise(
-        product(a.data, b.data),
+        product(A, B),
         (a, b),
-        lambda g: product(g, b.data.swapaxes(-1, -2)),
-        lambda g: product(a.data.swapaxes(-1, -2), g),
+        lambda g: product(g, B.swapaxes(-1, -2)),
+        lambda g: product(A.swapaxes(-1, -2), g),
     )
 
 
@@ -424,17 +441,17 @@ def linear(X, W, b):
     """
     X, W, b = _tensors(X, W, b)
     if W.ndim != 2 or X.shape[-1:] != W.shape[:1] or b.shape != W.shape[1:]:
-        raise ValueError(
-            f"linear needs (..., k), (k, m), (m,), got {X.shape}, {W.shape}, {b.shape}"
-        )
-    rows = X.data.reshape(math.prod(X.shape[:-1]), W.shape[0])
-    out = product(rows, W.data)
+        got = f"{X.shape}, {W.shape}, {b.shape}"
+        raise ValueError(f"linear needs (..., k), (k, m), (m,), got {got}")
+    x, w, _ = _values(X, W, b)
+    rows = x.reshape(math.prod(X.shape[:-1]), W.shape[0])
+    out = product(rows, w)
     out += b.data
 
     def backward(g):
         g = g.reshape(len(rows), W.shape[1])
-        dX = product(g, W.data.T).reshape(X.shape) if X.requires_grad else None
-        return dX, product(rows.T, g), g.sum(axis=0)
+        dX = product(g, w.T).reshape(X.shape) if X.requires_grad else None
+        return dX, product(rows.T, g), total(g, axis=0)
 
     return record(out.reshape(*X.shape[:-1], W.shape[1]), (X, W, b), backward)
 
@@ -452,22 +469,14 @@ def cross_entropy(logits, labels):
     """Mean cross-entropy of (B, C) logits against (B,) integer labels; VJP: (p − onehot) / B."""
     (logits,) = _tensors(logits)
     xp = array_module(logits, labels)
-    if isinstance(labels, (Tensor, int, float)):
-        raise TypeError(f"labels must be an array, not a {type(labels).__name__}")
-    if (
-        logits.size == 0
-        or logits.ndim != 2
-        or labels.shape != logits.shape[:1]
-        or labels.dtype.kind not in "iu"
-    ):
-        raise ValueError(
-            "cross_entropy needs (B, C) logits and (B,) integer labels, "
-            f"got {logits.shape} and {labels.dtype} {labels.shape}"
-        )
+    form = None if isinstance(labels, (Tensor, int, float)) else (labels.ndim, labels.dtype.kind)
+    if form not in ((1, "i"), (1, "u")) or logits.ndim != 2 or not len(labels) == len(logits.data):
+        got = f"{logits.shape} and {labels!r}"[:200]
+        raise ValueError(f"cross_entropy needs (B, C) logits and (B,) integer labels, got {got}")
+    if not logits.size:
+        raise ValueError(f"no cross-entropy of an empty batch, shape {logits.shape}")
     if xp is np and not 0 <= labels.min() <= labels.max() < logits.shape[1]:  # no wait on a GPU
-        raise ValueError(
-            f"labels must be in 0 … {logits.shape[1] - 1}, got {labels.min()} … {labels.max()}"
-        )
+        raise ValueError(f"labels must be in 0 … {logits.shape[1] - 1}, got {labels.max()}")
     onehot = labels[:, None] == xp.arange(logits.shape[1])
     z = logits.data - logits.data.max(axis=-1, keepdims=True)
     log_p = z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
@@ -475,8 +484,7 @@ def cross_entropy(logits, labels):
     return record(loss, (logits,), lambda g: [(xp.exp(log_p) - onehot) * (g / len(labels))])
 
 
-# The operators of Python and the methods of a Tensor.  A number or an array on the other side
-# becomes a constant.
+# Operators and methods; a number or an array on the other side becomes a constant.
 Tensor.__add__, Tensor.__radd__ = add, lambda b, a: add(a, b)
 Tensor.__sub__, Tensor.__rsub__ = subtract, lambda b, a: subtract(a, b)
 Tensor.__mul__, Tensor.__rmul__ = multiply, lambda b, a: multiply(a, b)
@@ -492,34 +500,26 @@ Tensor.transpose = lambda a, *axes: transpose(a, axes)
 # ------------------------------------------------------------------------------- gradient check
 
 
-def gradient_check(f, *arrays, rng=None, step=None, directions=3):
+def gradient_check(f, *arrays, rng=None, directions=3):
     """The largest relative error of the gradients of `f` against central differences.
 
-    f: maps tensors to one tensor.  arrays: its arguments, float64 (NumPy or CuPy).
+    f: maps tensors to one tensor.  arrays: its arguments, float64, else TypeError.
     For random cotangents G and random tangents D it compares ⟨vjp(G), D⟩ with
     ⟨G, (f(x + hD) − f(x − hD)) / 2h⟩, all arguments at once and each alone.  Both are random:
     a cotangent of ones is blind to any f with a constant sum, and ΣO² is constant for orthogonal f.
     h = eps^(1/3), where truncation O(h²) and rounding O(eps/h) are both about eps^(2/3) ≈ 4e-11.
-    Raises TypeError unless every array is float64.
     """
     for a in arrays:
-        if getattr(a, "dtype", None) != np.float64:
-            got = getattr(a, "dtype", type(a).__name__)
+        if isinstance(a, Tensor) or getattr(a, "dtype", None) != np.float64:
+            got = f"{type(a).__name__} of {getattr(a, 'dtype', 'no dtype')}"
             raise TypeError(f"gradient_check needs float64 arrays, got {got}")
-    rng = rng or np.random.default_rng(0)
-    xp = array_module(*arrays)
-    h = step or np.finfo(np.float64).eps ** (1 / 3)
-
-    def draw(shape):
-        return xp.asarray(rng.standard_normal(shape))
-
-    worst = 0.0
+    rng, xp = rng or np.random.default_rng(0), array_module(*arrays)
+    worst, h = 0.0, np.finfo(np.float64).eps ** (1 / 3)
     for _ in range(directions):
         inputs = [Tensor(xp.array(a), requires_grad=True) for a in arrays]
         out = f(*inputs)
-        G = draw(out.shape)
+        G, *tangents = (xp.asarray(rng.standard_normal(a.shape)) for a in (out, *arrays))
         out.backward(G)
-        tangents = [draw(a.shape) for a in arrays]
         for which in [range(len(arrays)), *([i] for i in range(len(arrays)))]:
             D = [t if i in which else xp.zeros_like(t) for i, t in enumerate(tangents)]
             with no_grad():
@@ -528,8 +528,7 @@ def gradient_check(f, *arrays, rng=None, step=None, directions=3):
             numeric = float((G * (up - down)).sum()) / (2 * h)
             pairs = [(t.grad, d) for t, d in zip(inputs, D) if t.grad is not None]
             analytic = math.fsum(float((g * d).sum()) for g, d in pairs)
-            # Relative to the size of the terms summed, so that cancellation cannot hide an error
-            # nor invent one.
+            # Relative to the size of the terms: cancellation neither hides nor invents an error.
             scale = math.fsum(float(abs(g * d).sum()) for g, d in pairs)
             scale = max(scale, float(abs(G * (up - down)).sum()) / (2 * h), 1e-300)
             error = abs(analytic - numeric) / scale

@@ -159,7 +159,7 @@ def osa_backward(dO, saved):
         L = L(S̃ᵀ, BᵀdO (BᵀV)ᵀ).
     """
     V, alpha, s, B, BtQ, BtK, BtV, S, E, F = saved
-    if dO.shape != V.shape or dO.dtype != V.dtype:
+    if dO.shape != V.shape or dO.dtype != V.dtype or not array_module(dO, V):
         raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
     BtdO = T(B) @ dO  # (..., r, m)
     L = frechet(-S, BtdO @ T(BtV))  # (..., r, r)
@@ -241,8 +241,8 @@ def jacobian_bound(X, W_QK, W_V, alpha):
     return np.linalg.norm(np.hstack(first), 2) + np.linalg.norm(np.hstack(second), 2) + third**0.5
 
 
-def tailored_slope(depth, eta):
-    """Slope a of the leaky ReLU for which `depth` of them take correlation 0 to eta.
+def tailored_slope(depth, eta=None):
+    """Slope a with which `depth` leaky ReLUs take correlation 0 to eta; None: to 0.65, or to less.
 
     For unit-variance pairs of correlation c, φ_a(x) = √(2/(1+a²)) LReLU_a(x) gives
         C_a(c) = c + (1−a)²/(π(1+a²)) (√(1−c²) − c arccos c)      (TAT, arXiv 2203.08120).
@@ -254,12 +254,12 @@ def tailored_slope(depth, eta):
             c = min(1.0, c + w * (math.sqrt(1 - c * c) - c * math.acos(c)))
         return c
 
-    if not 0 < eta <= composed(0.0):
-        raise ValueError(f"eta must be in (0, {composed(0.0):.4f}] for depth {depth}, got {eta}")
-    low, high = 0.0, 1.0
+    most, low, high = composed(0.0), 0.0, 1.0
+    eta = min(0.65, 0.96 * most) if eta is None else eta
+    if not 0 < eta <= most:
+        raise ValueError(f"eta must be in (0, {most:.4f}] for depth {depth}, got {eta}")
     for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if composed(middle) > eta else (low, middle)
+        low, high = (a, high) if composed(a := (low + high) / 2) > eta else (low, a)
     return low
 
 
@@ -333,7 +333,7 @@ class SkiplessTransformer:
         N, pixels = patchify(np.empty((1, *image)), patch).shape[1:]
         self.outer = tensors({
             "W_E": random_orthogonal(pixels, d, rng, dtype),  # embedding
-            "b_E": rng.standard_normal((N, d)).astype(dtype) * dtype(0.1),  # of positions
+            "b_E": rng.standard_normal((N, d)).astype(dtype) * np.asarray(0.1, dtype),  # position
             "W_C": random_orthogonal(d, classes, rng, dtype),  # read-out
             "b_C": np.zeros(classes, dtype),
         }, xp)  # fmt: skip

@@ -49,7 +49,7 @@ class Config:
     heads: int = option(2, "heads, h", least=1)
     patch: int = option(7, "side of a patch in pixels", least=1)
     mlp_ratio: int = option(4, "hidden width of the MLP / d", least=1, most=1024)
-    eta: float = option(0.65, "correlation to which all leaky ReLUs together take 0", above=0)
+    eta: float = option(0.0, "correlation to which the leaky ReLUs take 0; 0: 0.65 or less")
     s_norm: float = option(0.1, "‖S‖₂ on the first batch, for which α is calibrated", most=1e6)
     epochs: int = option(5, "passes over the images", least=1)
     batch_size: int = option(128, "images of a step", least=1)
@@ -67,9 +67,8 @@ class Config:
 
 PRESETS = {
     "mnist": {},
-    "tiny": {"depth": 2, "eta": 0.45, "epochs": 10, "limit_data": 1000, "batch_size": 50,
-             "warmup": 20},
-    "pixels": {"depth": 2, "eta": 0.45, "width": 32, "patch": 1, "epochs": 1, "batch_size": 32},
+    "tiny": {"depth": 2, "epochs": 10, "limit_data": 1000, "batch_size": 50, "warmup": 20},
+    "pixels": {"depth": 2, "width": 32, "patch": 1, "epochs": 1, "batch_size": 32},
 }  # fmt: skip
 
 
@@ -80,7 +79,7 @@ def build(config, image, classes, xp=np):
         attention = osa_minimal.MultiHeadOSA
     return relatives.Transformer(
         d=config.width, heads=config.heads, depth=config.depth, patch=config.patch, image=image,
-        classes=classes, mlp_ratio=config.mlp_ratio, eta=config.eta, attention=attention,
+        classes=classes, mlp_ratio=config.mlp_ratio, eta=config.eta or None, attention=attention,
         skip=config.skip, norm=config.norm, rng=np.random.default_rng([config.seed, 0]), xp=xp,
     )  # fmt: skip
 
@@ -97,11 +96,10 @@ class Run:
     """Images, model and optimisers of a configuration, and `step`, which changes the weights."""
 
     def __init__(self, config, dataset, xp=np, threads=1, ranks=None, graph=False, statistics=None):
-        self.config, self.xp, self.ranks = config, xp, ranks or Ranks()
+        self.config, self.xp, self.dataset, self.ranks = config, xp, dataset, ranks or Ranks()
         x, y, x_val, y_val = data.split(dataset, limit=config.limit_data or None,
                                         rng=np.random.default_rng([config.seed, 1]))  # fmt: skip
         self.x_val, self.y_val = xp.asarray(x_val), xp.asarray(y_val)
-        self.x_test, self.y_test = dataset.x_test, dataset.y_test  # they wait for the end
         self.digest = zlib.crc32(y, zlib.crc32(x))
         self.statistics = statistics or data.statistics(x)
         self.standardise = lambda images: data.standardise(images, *self.statistics)
@@ -170,26 +168,23 @@ def work(ranks, config, args, given):
     if args.eval and ranks.rank:
         return 0
     progress.data = os.path.abspath(args.data) if args.data else progress.data
-    threads = args.threads or progress.threads or max(1, cores() // ranks.neighbours)
+    threads = args.threads or progress.threads or max(1, min(8, cores() // ranks.neighbours))
     try:
         xp, device = find_device(args.device, ranks.neighbour)
-        run = Run(config, data.load(progress.data or None), xp, threads if xp is np else 1, ranks,
-                  args.graph, statistics)  # fmt: skip
+        dataset = data.load(progress.data or None, ("test",) if args.eval else ("train", "test"))
+        if args.eval:
+            model = build(config, tuple(progress.image), progress.classes, xp)
+            resume.restore(arrays, model.parameters, xp=xp)
+            report.print_accuracy(model, dataset, progress.statistics, xp)
+            return report.export(args.export, model, config, progress.statistics)
+        run = Run(config, dataset, xp, threads if xp is np else 1, ranks, args.graph, statistics)
         if arrays:
-            resume.restore(run, arrays)
+            resume.restore(arrays, run.parameters, [one for one, _, _ in run.updates], xp)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     each = f" in each of {ranks.size} ranks" if ranks.size > 1 else ""
     print(f"device {device}; {run.threads} threads{each}")
-    if args.eval:
-        report.print_accuracy(run)
-    else:
-        status = in_folder(run, progress, args, device)
-        if status or ranks.rank:
-            return status
-    if args.export:
-        report.export(args.export, run)
-    return 0
+    return in_folder(run, progress, args, device)
 
 
 def in_folder(run, progress, args, device):
@@ -205,15 +200,15 @@ def in_folder(run, progress, args, device):
         return 0
     progress.threads, progress.log_every = run.threads, args.log_every or progress.log_every
     progress.digest, progress.statistics = run.digest, list(run.statistics)
+    progress.image, progress.classes = list(run.x_val.shape[1:]), len(run.parameters["b_C"].data)
     where = folder.old(args.resume) if args.resume else folder.new(args.out, run.config.preset)
-    with folder.in_use(where), resume.Stop(run.ranks) as stop:
+    with folder.in_use(where, new=not args.resume), resume.Stop(run.ranks) as stop:
         repeat = report.begin(run, progress, where, device, args)
         train(run, where, progress, last, stop)
     if progress.step < last:
         return stop.farewell(where, progress.step)
-    report.finish(run, progress, where, repeat)
-    return 0
+    return report.finish(run, progress, where, repeat, args.export)
 
 
 if __name__ == "__main__":
-    run_command(main, errors=(data.DataError, checkpoint.CheckpointError))
+    run_command(main, errors=(data.DataError, checkpoint.CheckpointError, NotImplementedError))

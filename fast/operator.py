@@ -47,12 +47,8 @@ def osa_forward(Q, K, V, alpha, route="auto"):
            "gram"           no basis: O = V + P Φ (PᵀV), Φ = sJ φ₁(sGJ), G = PᵀP
            "products"       as "qr", B by Cholesky, exp by squaring: the host decides nothing, so it
                             never waits for a GPU; beyond ‖S‖₂ = 1000 right or NaN, never wrong
-           "auto"           N ≤ 2 d_v: B = I, since S itself is the small matrix; otherwise "gram"
-                            where its rounding error, about eps s² ‖QᵀQ‖ ‖KᵀK‖, is harmless;
-                            where not (nearly parallel tokens, one dominant token, large ‖S‖), for
-                            float32 the basis of `double_basis`, which loses no digit even where QKᵀ
-                            and KQᵀ cancel; for float64 "qr", right to eps s ‖Q‖₂ ‖K‖₂.
-                            On a GPU, where a decision means waiting for the device: "products".
+           "auto"           "gram" where its rounding error is harmless, else a basis in float64 for
+                            float32, "qr" for float64; B = I for N ≤ 2 d_v; "products" on a GPU
     To pad, zero rows of Q and K: those rows of A are the identity's, on every route.
     Returns (O, saved).  Raises ValueError or TypeError naming the argument at fault, ValueError for
     NaN or Inf, FloatingPointError where S overflows; on a GPU "auto" answers these with NaN.

@@ -1,7 +1,11 @@
-"""Scaled dot-product attention (Vaswani et al., arXiv 1706.03762): O = softmax(Q Kᵀ/√d_v) V.
+"""Softmax attention, what everything here is compared with.
 
-Time and memory N².  A is positive with rows of sum 1: it averages, and without skips it turns all
-tokens into one, layer by layer.
+    O = softmax(Q Kᵀ/√d) V, each row over all keys, or over those up to the token itself
+
+Source: Vaswani et al., arXiv 1706.03762.  Shapes: Q, K (..., N, d), V (..., N, m) -> (..., N, m).
+Cost: N² (d + m).  Causal: both.  Assumes a skip and norm: A is positive with rows of sum 1, it
+averages, and without skips it turns all tokens into one, layer by layer.
+Beside OSA: rows that sum to one (1 is a right eigenvector) against rows that are orthonormal.
 """
 
 import numpy as np
@@ -9,9 +13,21 @@ import numpy as np
 import autograd as ag
 from autograd import array_module
 from fast.gpu import product
-from osa_minimal import MultiHeadOSA, T, random_orthogonal, tensors
+from osa_minimal import MultiHeadOSA, random_orthogonal, tensors
+from relatives.ops import T, shaped
 
 
+def softmax(Q, K, V, *, causal=False):
+    """(..., N, m) by the formula above."""
+    Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
+    S = (Q * Q.shape[-1] ** -0.5) @ T(K)  # (..., N, N)
+    if causal:
+        xp, N = array_module(S), Q.shape[-2]
+        S = S + xp.triu(xp.full((N, N), -xp.inf, S.dtype), 1)
+    return ag.softmax(S) @ V
+
+
+# The same for the layer, not causal, on one array, with its backward pass by hand.
 def softmax_forward(F):
     """softmax(Q Kᵀ/√d_v) V from F = [Q, K, V] (..., N, 3 d_v), and what its backward needs."""
     xp = array_module(F)

@@ -19,6 +19,7 @@ def layer_norm_forward(X, gain, bias, eps=1e-5):
             f"layer_norm needs (..., d), (d,), (d,), got {X.shape}, {gain.shape}, {bias.shape}"
         )
     centred = X - X.mean(axis=-1, keepdims=True)
+    centred -= centred.mean(axis=-1, keepdims=True)  # what rounding left of a large mean
     scale = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
     centred *= scale  # X̂
     return centred * gain + bias, (centred, scale, gain)
@@ -30,7 +31,7 @@ def layer_norm_backward(dY, saved):
     D, rows = dY * gain, tuple(range(dY.ndim - 1))
     dX = D - D.mean(axis=-1, keepdims=True) - Xhat * (D * Xhat).mean(axis=-1, keepdims=True)
     dX *= scale
-    return dX, (dY * Xhat).sum(axis=rows), dY.sum(axis=rows)
+    return dX, ag.total(dY * Xhat, axis=rows), ag.total(dY, axis=rows)
 
 
 layer_norm = ag.operator(layer_norm_forward, layer_norm_backward)

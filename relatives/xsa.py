@@ -1,17 +1,34 @@
-"""Exclusive self-attention (Zhai, arXiv 2603.09078): softmax's output without its part along v.
+"""Exclusive self-attention, XSA: softmax attention without its part along the token's own value.
 
-z = y − (y·v̂) v̂,  v̂ = v / max(‖v‖, 1e-12), per token and head.  It leaves to a skip connection
-what a token has to say of itself; where there is none and A ≈ I, y ≈ v and nearly nothing is left.
+    Y = softmax(Q Kᵀ/√d) V,    v̂ = v/max(‖v‖, 1e-12),    z = y − (y·v̂) v̂    per token and head
+
+Source: Zhai, arXiv 2603.09078, Algorithm 1.  Shapes: Q, K (..., N, d), V (..., N, m) ->
+(..., N, m).  Cost: softmax's and N m.  Causal: both; the first token then gets 0.
+Assumes a skip, which carries what is removed: where attention is near the identity, y ≈ v and
+nearly all is removed.
+Beside OSA: the opposite start, A far from the identity where a skip brings it back, against A ≈ I
+where there is no skip.
 """
 
 import autograd as ag
-from relatives.softmax import Softmax, softmax_attention
+from relatives.ops import shaped
+from relatives.softmax import Softmax, softmax, softmax_attention
+
+
+def exclude(Y, V):
+    """Y without its part along V, token by token."""
+    norm2 = ag.maximum((V * V).sum(axis=-1, keepdims=True), 1e-24)
+    return Y - V * ((Y * V).sum(axis=-1, keepdims=True) / norm2)
+
+
+def xsa(Q, K, V, *, causal=False):
+    """(..., N, m) by the formulas above."""
+    Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
+    return exclude(softmax(Q, K, V, causal=causal), V)
 
 
 class XSA(Softmax):
     """The paper's layer with exclusive self-attention."""
 
     def attend(self, F):
-        y, v = softmax_attention(F), F[..., 2 * (F.shape[-1] // 3) :]
-        norm2 = ag.maximum((v * v).sum(axis=-1, keepdims=True), 1e-24)
-        return y - v * ((y * v).sum(axis=-1, keepdims=True) / norm2)
+        return exclude(softmax_attention(F), F[..., 2 * (F.shape[-1] // 3) :])

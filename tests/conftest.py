@@ -13,11 +13,11 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import refusing  # noqa: E402
 
-import autograd as ag  # noqa: E402
+from fast.gpu import find_device  # noqa: E402
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # CuPy's remark on an unset CUDA_PATH is no reason to skip it
-    GPU, WHY = ag.find_device("auto")
+    GPU, WHY = find_device("auto")
 
 
 @pytest.fixture(params=["numpy", "refusing", "cupy"])

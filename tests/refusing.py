@@ -32,7 +32,9 @@ VIEWS = frozenset(
 )
 
 # What CuPy refuses while a stream records, or could not be recorded: besides, all of `linalg`.
-UNRECORDED = frozenset("matmul __matmul__ dot tensordot einsum nonzero unique argwhere".split())
+UNRECORDED = frozenset(
+    "matmul __matmul__ dot tensordot einsum nonzero unique argwhere rfft2 irfft2".split()
+)
 
 # Public callables and types of NumPy 2.4 that CuPy 14.0.1 lacks, found by comparing dir() of both.
 MISSING = frozenset(
@@ -276,14 +278,15 @@ def array(a, dtype=None, copy=True):
         return a
     if not copy and dtype in (None, a.dtype):
         return a
+    operations["count"] += 1
     result = Array(_np.array(a._a, dtype=dtype))
     _record(lambda: _assign(result, a._a))
     return result
 
 
-def _refuse_in_a_recording(what):
+def _refuse_in_a_recording(what, error=RuntimeError):
     if _tape is not None:
-        raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+        raise error(f"operation not permitted when stream is capturing: {what}")
 
 
 def asarray(a, dtype=None):
@@ -299,7 +302,7 @@ def _lookup(module, missing, name):
 
 class _Linalg:
     def __getattr__(self, name):
-        _refuse_in_a_recording(f"linalg.{name} calls cuSOLVER")
+        _refuse_in_a_recording(f"linalg.{name} calls cuSOLVER", NotImplementedError)
         return _lookup(_np.linalg, MISSING_LINALG, name)
 
     def solve(self, a, b):
@@ -345,43 +348,6 @@ def _gemm(dtype):
     return single, gemm
 
 
-class ElementwiseKernel:
-    """Runs the code as Python: of C++, only what reads the same there."""
-
-    def __init__(self, inputs, outputs, code, name):
-        self.inputs, self.outputs = (
-            [p.split()[1] for p in s.split(",")] for s in (inputs, outputs)
-        )
-        self.code = "\n".join(line.strip() for line in code.split(";"))
-
-    def __call__(self, *args):
-        inputs, given = args[: len(self.inputs)], args[len(self.inputs) :]
-        dtype = next(a.dtype for a in inputs if isinstance(a, Array))
-        values = [_unwrap(a) if isinstance(a, Array) else dtype.type(a) for a in inputs]
-        assert {a.dtype for a in (*inputs, *given) if isinstance(a, Array)} == {dtype}
-        assert len(given) in (0, len(self.outputs))
-        outputs = given or [
-            Array(_np.empty(_np.broadcast_shapes(*(_np.shape(v) for v in values)), dtype))
-            for _ in self.outputs
-        ]
-        before = [a._a.copy() for a in given] if _tape is not None else []
-
-        def run():
-            known = {"sqrt": _np.sqrt} | dict(zip(self.inputs, values))
-            known |= {name: a._a for name, a in zip(self.outputs, outputs)}
-            exec(self.code, known)
-            for name, a in zip(self.outputs, outputs):
-                a._a[...] = known[name]
-
-        operations["count"] += 1
-        run()
-        for i, a in enumerate(given):
-            _record(run if i == 0 else lambda: None, a, before[i] if before else None)
-        if not given:
-            _record(run)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
 class _Stream:
     """Records like a CUDA stream: what is done meanwhile is undone, and repeated by the graph."""
 
@@ -422,7 +388,8 @@ class _Stream:
 
 
 ndarray, linalg = Array, _Linalg()
-recordable_cublas = _types.SimpleNamespace(  # `devices.RecordableBlas`
+fft = _types.SimpleNamespace(rfft2=_call(_np.fft.rfft2), irfft2=_call(_np.fft.irfft2))
+recordable_cublas = _types.SimpleNamespace(  # `fast.gpu.RecordableBlas`
     **dict(zip(("sgemm", "sgemmStridedBatched"), _gemm(_np.dtype("f4")))),
     **dict(zip(("dgemm", "dgemmStridedBatched"), _gemm(_np.dtype("f8")))),
 )
@@ -430,7 +397,7 @@ recordable_cublas = _types.SimpleNamespace(  # `devices.RecordableBlas`
 
 class _Cublas:
     def __getattr__(self, name):
-        _refuse_in_a_recording("CuPy does not call cuBLAS then")
+        _refuse_in_a_recording("CuPy does not call cuBLAS then", NotImplementedError)
         return getattr(recordable_cublas, name)
 
 

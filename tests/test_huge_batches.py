@@ -5,36 +5,40 @@ import pytest
 from test_properties_autograd import with_gradients
 
 import autograd as ag
-import baselines
-import optimizers
-import osa_minimal as osa
-import products
+import fast
+import osa_minimal
 from autograd import Tensor
+from fast.basis import cholesky_basis
+from fast.small import Products
+from relatives.softmax import softmax_attention
+from relatives.transformer import layer_norm_backward, layer_norm_forward
+from training.optimizers import orthogonalise, retract
 
 
-def attention(route):
+def attention(operator, how):
     def run(dO, Q, K, V):
-        O, saved = osa.osa_forward(Q, K, V, 0.7, route)
-        return O, *osa.osa_backward(dO, saved)[:3]
+        O, saved = operator.osa_forward(Q, K, V, 0.7, how)
+        return O, *operator.osa_backward(dO, saved)[:3]
 
     return run
 
 
 def layer_norm(dY, X):
-    Y, saved = baselines.layer_norm_forward(X, np.arange(4.0), np.ones(4))
-    return Y, baselines.layer_norm_backward(dY, saved)[0]
+    Y, saved = layer_norm_forward(X, np.arange(4.0), np.ones(4))
+    return Y, layer_norm_backward(dY, saved)[0]
 
 
 def exponential(G, M, W):
-    small = products.Products(M - M.mT, W)
+    small = Products(M - M.mT, W)
     return small.value, *small.adjoint(G)
 
 
 # name: (function of arrays with one batch axis, their shapes without it)
 FUNCTIONS = {
-    "osa, auto": (attention("auto"), [(3, 1)] * 4),
-    "osa, qr": (attention("qr"), [(3, 1)] * 4),
-    "softmax attention": (with_gradients(baselines.softmax_attention), [(3, 1), (3, 3)]),
+    "osa, auto": (attention(fast, "auto"), [(3, 1)] * 4),
+    "osa, qr": (attention(fast, "qr"), [(3, 1)] * 4),
+    "osa of the paper": (attention(osa_minimal, "qr"), [(3, 1)] * 4),
+    "softmax attention": (with_gradients(softmax_attention), [(3, 1), (3, 3)]),
     "layer_norm": (layer_norm, [(4,), (4,)]),
     "matmul": (with_gradients(ag.matmul), [(2, 2), (2, 3), (3, 2)]),
     "linear": (
@@ -42,9 +46,9 @@ FUNCTIONS = {
         [(2, 2), (2, 3)],
     ),
     "softmax": (with_gradients(ag.softmax), [(4,), (4,)]),
-    "orthogonalise": (lambda M: [optimizers.orthogonalise(M)], [(3, 2)]),
-    "retract": (lambda M: [optimizers.retract(M / 9)], [(3, 2)]),
-    "cholesky_basis": (products.cholesky_basis, [(3, 2)]),
+    "orthogonalise": (lambda M: [orthogonalise(M)], [(3, 2)]),
+    "retract": (lambda M: [retract(M / 9)], [(3, 2)]),
+    "cholesky_basis": (cholesky_basis, [(3, 2)]),
     "Products": (exponential, [(3, 1), (3, 3), (3, 1)]),
 }
 

@@ -74,11 +74,15 @@ def reading(path, error_class, expected):
     """Inside this context whatever a bad file causes becomes an `error_class` of one line."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # the libraries that read files raise errors of many classes
         what = next(iter(str(error).splitlines()), "")[:200]  # a name can be all of the file
         if isinstance(error, OSError) and error.filename:  # it could not be opened
             what = error.strerror
-        elif type(error) is not ValueError:
+        elif isinstance(error, FileNotFoundError):
+            what = "no such file"
+        elif type(error) is not ValueError and "missing" not in what:  # a module of Python's
             what = f"damaged or truncated ({type(error).__name__}: {what})"
         raise error_class(f"{path}: {what}; expected {expected}") from error
 

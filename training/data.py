@@ -1,4 +1,4 @@
-"""Images and labels: the bundled MNIST, an .npz file of four arrays, or a folder of IDX files.
+"""Images and labels: the bundled MNIST, an .npz file, a folder of IDX files or of CIFAR-10's.
 
 Everything is read without pickle, and what a file declares is checked before memory is taken for
 it.  Random choices are drawn from the NumPy generator that the caller passes, on the CPU, so
@@ -29,7 +29,8 @@ IDX = {
     "x_test": "t10k-images-idx3-ubyte",
     "y_test": "t10k-labels-idx1-ubyte",
 }
-EXPECTED = "square uint8 images x_train, x_test (n, H, H) and uint8 labels y_train, y_test (n,)"
+CIFAR = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
+EXPECTED = "uint8 images x_train, x_test (n, H, W[, C]) and labels y_train, y_test (n,) of 0 to 254"
 
 
 class DataError(ValueError):
@@ -37,7 +38,7 @@ class DataError(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Images x (n, H, H) and labels y (n,), uint8, labels counted from 0; and a name."""
+    """Images x (n, H, W) or (n, H, W, C) and labels y (n,), uint8, counted from 0; and a name."""
 
     x_train: np.ndarray
     y_train: np.ndarray
@@ -51,43 +52,51 @@ class Dataset(NamedTuple):
         return int(self.y_train.max()) + 1
 
 
-def load(path=None):
-    """The Dataset at `path`: None for the bundled MNIST, an .npz file, or a folder of IDX files.
+def load(path=None, parts=("train", "test")):
+    """The Dataset at `path`: None for the bundled MNIST, an .npz file, or a folder.
 
     An .npz file holds the arrays x_train, y_train, x_test, y_test and no others.  A folder holds
-    the four files of MNIST's own format, plain or .gz.
+    the four files of MNIST's own format, plain or .gz, or the six .bin files of CIFAR-10.
+    parts: ("test",) is content without training images, and leaves None in their place.
     Raises DataError if something is missing, truncated, altered, or not of the right form.
     """
     if path is None:
         _verify_bundled()
     path = BUNDLED if path is None else os.fspath(path)
     name = os.path.basename(os.path.normpath(path))
+    names = [f"{kind}_{part}" for part in parts for kind in "xy"]
     if os.path.isdir(path):
-        arrays = {key: _read_idx(path, key) for key in IDX}
-    elif os.path.isfile(path) and path.endswith(".npz"):
+        inside = os.listdir(path)
+        if "data_batch_1" in inside:
+            raise DataError(f"{path}: CIFAR-10 in pickles, which can hold any program; take the "
+                            "binary version, data_batch_1.bin and so on")  # fmt: skip
+        read = _read_cifar if CIFAR[1][0] in inside else _read_idx
+        arrays = {key: read(path, key) for key in names}
+    elif os.path.isfile(path) and path.lower().endswith(".npz"):
         with reading(path, DataError, EXPECTED):
-            arrays = _read_npz(path)
+            arrays = _read_npz(path, names)
     else:
         what = "is not an .npz file" if os.path.exists(path) else "no such file or folder"
-        raise DataError(f"{path}: {what}; expected an .npz file or a folder of IDX files")
+        raise DataError(f"{path}: {what}; expected an .npz file, or a folder of IDX or .bin files")
     with reading(path, DataError, EXPECTED):
-        _check_arrays(arrays)
-    return Dataset(**arrays, name=name)
+        _check_arrays(arrays, parts)
+    rows = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
+    return Dataset(**{key: rows.get(key) for key in IDX}, name=name)
 
 
-def split(dataset, validation=5000, limit=None, *, rng):
+def split(dataset, validation=None, limit=None, *, rng):
     """x_train, y_train, x_val, y_val: the training images, some of them held out at random.
 
-    validation: how many are held out, the first of a permutation drawn from `rng`; 0 is allowed.
-    limit: how many of the others are kept for training (None: all).  With a limit at most
-    limit // 5 images are held out (one at least, if `validation` is not 0).
+    validation: how many are held out, the first of a permutation drawn from `rng`; None: 5,000, but
+    at most a sixth of all, and with a limit at most limit // 5, one at least.
+    limit: how many of the others are kept for training (None: all).
     Raises DataError where the data set has too few images for that.
     """
     n = len(dataset.x_train)
-    if validation < 0 or (limit is not None and limit < 1):
+    if (validation or 0) < 0 or (limit is not None and limit < 1):
         raise DataError(f"validation must be >= 0 and limit >= 1, got {validation} and {limit}")
-    if limit is not None:
-        validation = min(validation, max(1, limit // 5))
+    if validation is None:
+        validation = max(1, min(5000, n // 6, (limit or n) // 5))
     if validation + (limit or 1) > n:
         wanted = f"{validation} for validation and {limit or 1} to train on"
         raise DataError(f"{dataset.name} has {n} training images; {wanted} are too many")
@@ -130,23 +139,22 @@ def standardise(x, mean, std):
 
 
 def pad(x, width):
-    """Images x (n, H, H) with `width` zero pixels added on every side."""
-    return np.pad(x, ((0, 0), (width, width), (width, width)))
+    """Images x (n, H, W[, C]) with `width` zero pixels added on every side."""
+    return np.pad(x, ((0, 0), (width, width), (width, width), (0, 0))[: x.ndim])
 
 
 def crops(x, chosen, offsets, size):
-    """size × size windows of the padded images x[chosen], at offsets (B, 2) from their corners.
+    """Windows of size (H, W) of the padded images x[chosen], at offsets (B, 2) from their corners.
 
-    x: (n, H, H); chosen: (B,) integers; NumPy or CuPy.  Returns (B, size, size) in x's dtype.
-    Raises DataError for negative ones, which would count from the end, and IndexError beyond it;
-    on a GPU, where it would have to wait, it does not look.
+    x: (n, H', W'[, C]); chosen: (B,) integers; NumPy or CuPy.  Returns (B, H, W[, C]) in x's dtype.
+    Raises DataError for negative ones, which would count from the end, and IndexError beyond it; a
+    GPU is not waited for.
     """
     xp = array_module(x, chosen, offsets)
     if xp is np and min(chosen.min(initial=0), offsets.min(initial=0)) < 0:
         raise DataError("chosen and offsets must not be negative")
-    window = xp.arange(size)
-    rows = (offsets[:, 0, None] + window)[:, :, None]
-    columns = (offsets[:, 1, None] + window)[:, None, :]
+    rows = (offsets[:, 0, None] + xp.arange(size[0]))[:, :, None]
+    columns = (offsets[:, 1, None] + xp.arange(size[1]))[:, None, :]
     return x[chosen[:, None, None], rows, columns]
 
 
@@ -158,11 +166,12 @@ class Batches:
     def __init__(self, x, y, config, xp=np, rank=0, ranks=1):
         self.shift, self.seed, self.xp, self.epoch = config.shift, config.seed, xp, None
         self.size = min(config.batch_size, len(x))
-        if self.shift >= x.shape[1]:
-            raise DataError(f"--shift must be less than the image's {x.shape[1]} pixels")
+        if self.shift >= min(x.shape[1:3]):
+            raise DataError(f"--shift must be less than the image's {min(x.shape[1:3])} pixels")
         if self.size < ranks:
-            raise DataError(f"{ranks} ranks need as many images in a batch, got {self.size}")
-        self.x, self.y, self.image = xp.asarray(pad(x, self.shift)), xp.asarray(y), x.shape[1]
+            what = f"--batch-size {config.batch_size}, {len(x)} training images"
+            raise DataError(f"{ranks} ranks need as many images in a batch, got {what}")
+        self.x, self.y, self.image = xp.asarray(pad(x, self.shift)), xp.asarray(y), x.shape[1:3]
         self.per_epoch = len(x) // self.size
         self.slice = self.size * rank // ranks, self.size * (rank + 1) // ranks
 
@@ -190,17 +199,37 @@ def _verify_bundled():
             raise ValueError(f"altered or truncated: {size:,} bytes with SHA-256 {digest[:12]}...")
 
 
-def _read_npz(path):
+def _read_npz(path, names):
     with np.load(path, allow_pickle=False) as file:
-        for member in file.zip.infolist():  # np.load takes all memory that is declared
-            with file.zip.open(member) as array:
+        for member in file.zip.infolist():
+            with file.zip.open(member) as array:  # np.load takes all memory that is declared
                 version = np.lib.format.read_magic(array)
                 read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
                 shape, _, dtype = read_header(array)
                 _check_header(member.filename.removesuffix(".npy"), shape, dtype)
-                if math.prod(shape) != member.file_size - array.tell():
+                if math.prod(shape) * dtype.itemsize != member.file_size - array.tell():
                     raise ValueError(f"{member.filename} declares {shape}, but is not of that size")
-        return {key: file[key] for key in file.files}
+        missing = [key for key in names if key not in file.files]
+        if missing:
+            raise ValueError(f"holds no {missing[0]}")
+        return {key: _labels(key, file[key]) if key[0] == "y" else file[key] for key in names}
+
+
+def _labels(name, y):
+    """Whole numbers of any dtype as uint8."""
+    if y.min() < 0 or y.max() > 254 or (y != np.floor(y)).any():
+        raise ValueError(f"{name} has labels from {y.min()} to {y.max()}")
+    return y.astype(np.uint8)
+
+
+def _bytes(file, count):
+    """uint8 (count,): the rest of a file; memory is taken as it is found, whatever was declared."""
+    content = bytearray()
+    while len(content) <= count and (piece := file.read(2**16)):
+        content += piece
+    if len(content) != count:
+        raise ValueError(f"is not of the {count:,} bytes that its header declares")
+    return np.frombuffer(content, np.uint8)
 
 
 def _read_idx(folder, key):
@@ -209,13 +238,10 @@ def _read_idx(folder, key):
     path = next(filter(os.path.isfile, paths), None)
     if path is None:
         raise DataError(f"{folder}: holds no {IDX[key]}; expected that or {IDX[key]}.gz")
-    ndim, form = (3, "square images") if key[0] == "x" else (1, "labels")
+    ndim = 3 if key[0] == "x" else 1
     magic = 0x0800 | ndim  # 08: uint8, then the number of dimensions
     opener = gzip.open if path.endswith(".gz") else open
-    with (
-        reading(path, DataError, f"IDX {form} with magic 0x{magic:08x}"),
-        opener(path, "rb") as file,
-    ):
+    with reading(path, DataError, f"IDX with magic 0x{magic:08x}"), opener(path, "rb") as file:
         header = file.read(4 + 4 * ndim)  # big-endian
         if len(header) < 4 + 4 * ndim:
             raise ValueError(f"truncated: {len(header)} of the {4 + 4 * ndim} header bytes")
@@ -223,36 +249,43 @@ def _read_idx(folder, key):
         if found != magic:
             raise ValueError(f"wrong magic 0x{found:08x}")
         _check_header(key, tuple(shape), np.dtype(np.uint8))
-        content = bytearray()  # grows with what is there, whatever the header says
-        while piece := file.read(2**16):
-            content += piece
-            if len(content) > math.prod(shape):
-                break
-        if len(content) != math.prod(shape):
-            raise ValueError(f"is not of the {math.prod(shape):,} bytes that its header declares")
-        return np.frombuffer(content, np.uint8).reshape(shape)
+        return _bytes(file, math.prod(shape)).reshape(shape)
+
+
+def _read_cifar(folder, key):
+    """Records of a label and 32 × 32 pixels of red, of green and of blue, a byte each."""
+    arrays = []
+    for name in CIFAR[key.endswith("test")]:
+        path = os.path.join(folder, name)
+        with reading(path, DataError, "CIFAR-10's binary records of 3,073 bytes"):
+            with open(path, "rb") as file:
+                count = os.path.getsize(path) // 3073
+                records = _bytes(file, 3073 * max(1, count)).reshape(-1, 3073)
+        pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        arrays.append(records[:, 0] if key[0] == "y" else pixels)
+    return np.concatenate(arrays)
 
 
 def _check_header(name, shape, dtype):
     if name not in IDX:
         raise ValueError(f"holds an array {name!r}")
-    if dtype != np.uint8:
+    if dtype != np.uint8 if name[0] == "x" else dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {dtype}")
-    square = len(shape) == 3 and shape[1] == shape[2] if name[0] == "x" else len(shape) == 1
-    if not square or 0 in shape or math.prod(shape) > LIMIT:
+    if len(shape) not in ((3, 4) if name[0] == "x" else (1,)):
+        raise ValueError(f"{name} has shape {shape}")
+    if 0 in shape or math.prod(shape) * dtype.itemsize > LIMIT:
         raise ValueError(f"{name} has shape {shape}")
 
 
-def _check_arrays(arrays):
-    missing = [key for key in IDX if key not in arrays]
-    if missing:
-        raise ValueError(f"holds no {missing[0]}")
-    image, largest = arrays["x_train"].shape[1:], min(254, arrays["y_train"].max())
-    for part in ("train", "test"):
+def _check_arrays(arrays, parts):
+    first = f"x_{parts[0]}"
+    for part in parts:
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if len(x) != len(y):
             raise ValueError(f"{len(x)} images x_{part} but {len(y)} labels y_{part}")
-        if x.shape[1:] != image:
-            raise ValueError(f"x_train has images of {image}, x_{part} of {x.shape[1:]}")
-        if y.max() > largest:
-            raise ValueError(f"y_{part} has a label {y.max()}, above the {largest} allowed")
+        if x.shape[1:] != arrays[first].shape[1:]:
+            raise ValueError(f"{first} has images of {arrays[first].shape[1:]}, x_{part} of "
+                             f"{x.shape[1:]}")  # fmt: skip
+        if "train" in parts and y.max() > arrays["y_train"].max() or y.max() > 254:
+            most = min(254, arrays.get("y_train", y).max())
+            raise ValueError(f"y_{part} has a label {y.max()}, above the {most} allowed")

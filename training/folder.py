@@ -7,6 +7,7 @@ from pathlib import Path
 
 from training.options import UserError
 
+SAVED = "checkpoint.safetensors", "summary.json"
 FILES = ("config.json", "metrics.csv", "summary.json", "checkpoint.safetensors", "curves.png")
 
 
@@ -22,10 +23,6 @@ def new(out, preset):
                 if out:
                     raise
                 folder = folder.with_name(f"{folder.name.partition('.')[0]}.{i}")
-        if any((folder / name).exists() for name in FILES):
-            raise UserError(
-                f"{folder} holds a run already; choose another --out, or --resume {folder}"
-            )
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     return check(folder)
@@ -61,11 +58,15 @@ def check_export(path):
 
 
 @contextlib.contextmanager
-def in_use(folder):
-    """Keeps a second process out of `folder`; the lock ends with this one, however it ends."""
+def in_use(folder, new):
+    """Keeps a second process out of `folder`; the lock ends with this one, however it ends.
+
+    new: refuses a folder with a run that can go on; what one left that never saved is removed.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
+        clear(folder, new)
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -76,8 +77,15 @@ def in_use(folder):
             raise UserError(f"{folder} is in use by another run") from None
         except OSError:
             pass  # a file system without locks
-        for half in folder.glob("checkpoint.safetensors.*.tmp"):  # of a run killed in a save
-            half.unlink(missing_ok=True)
+        clear(folder, new)
         yield
     finally:
         os.close(descriptor)
+
+
+def clear(folder, new):
+    """Removes what killed runs have left half-done."""
+    if new and any((folder / name).exists() for name in SAVED):
+        raise UserError(f"{folder} holds a run already; choose another --out, or --resume {folder}")
+    for path in [*folder.glob(f"{SAVED[0]}.*.tmp"), *(folder / name for name in FILES if new)]:
+        path.unlink(missing_ok=True)

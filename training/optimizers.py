@@ -16,9 +16,18 @@ from fast.gpu import product
 def flatten(parameters):
     """All weights in one array (n,) and all gradients, zeros, in another; every p.data and p.grad
     of the dict `parameters` becomes a view of them, in order."""
-    xp = array_module(*parameters.values())
-    weights = xp.concatenate([p.data.reshape(-1) for p in parameters.values()])
+    weights = joined(parameters)
     return weights, attach(parameters, weights)
+
+
+def joined(parameters):
+    """A copy of all weights, one after the other (n,); ValueError unless they have one dtype."""
+    dtypes = {str(p.dtype) for p in parameters.values()}
+    if len(dtypes) != 1:
+        got = f"of {', '.join(sorted(dtypes))}" if dtypes else "none"
+        raise ValueError(f"an optimiser needs parameters of one dtype, got {got}")
+    xp = array_module(*parameters.values())
+    return xp.concatenate([p.data.reshape(-1) for p in parameters.values()])
 
 
 def attach(parameters, weights):
@@ -56,9 +65,9 @@ def clip(grads, largest):
     """
     if not largest >= 0:
         raise ValueError(f"largest must be 0 or more, got {largest}")
-    xp = array_module(grads)
-    with np.errstate(over="ignore"):  # Inf is an answer
-        norm = xp.sqrt((grads * grads).sum())
+    xp, size = array_module(grads), abs(grads).max()
+    unit = grads / xp.where(size > 0, size, 1)  # whose squares do not overflow
+    norm = size * xp.sqrt((unit * unit).sum())
     if xp is np and not math.isfinite(norm):
         raise FloatingPointError("the norm of the gradients is NaN or Inf")
     grads *= xp.where(norm < math.inf, xp.minimum(1, largest / (norm + 1e-12)), math.nan)
@@ -71,23 +80,17 @@ class AdamW:
     def __init__(self, parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
         self.parameters, self.betas, self.eps = parameters, betas, eps
         self.weight_decay = weight_decay
-        self.m, self.v = zeros(parameters), zeros(parameters)
-        self.state = named(self.m, parameters, "m") | named(self.v, parameters, "v")
+        self.mean, self.rms = 0 * joined(parameters), 0 * joined(parameters)
+        self.state = named(self.mean, parameters, "mean") | named(self.rms, parameters, "rms")
 
     def step(self, w, g, lr, t):
         """Update t = 1, 2, … of the weights w (n,), in place, by their gradients g (n,)."""
-        (b1, b2), m, v, xp = self.betas, self.m, self.v, array_module(w)
-        m += (1 - b1) * (g - m)
-        v += (1 - b2) * (g * g - v)
-        mean, rms = m / (1 - b1**t), xp.sqrt(v / (1 - b2**t))
+        (b1, b2), xp = self.betas, array_module(w)
+        self.mean += (1 - b1) * (g - self.mean)
+        # √(β₂ rms² + (1 − β₂) g²), without squares that overflow
+        xp.hypot(math.sqrt(b2) * self.rms, math.sqrt(1 - b2) * g, out=self.rms)
+        mean, rms = self.mean / (1 - b1**t), self.rms / xp.sqrt(1 - b2**t)
         w -= lr * (mean / (rms + self.eps) + self.weight_decay * w)
-
-
-def zeros(parameters):
-    """A zero for each weight, one after the other (n,)."""
-    return array_module(*parameters.values()).concatenate(
-        [0 * p.data.reshape(-1) for p in parameters.values()]
-    )
 
 
 def named(a, parameters, what):
@@ -159,9 +162,11 @@ class Muon:
         for name, p in parameters.items():
             if p.ndim < 2 or not p.size:
                 raise ValueError(f"Muon takes matrices (..., n, m), {name} has shape {p.shape}")
+            if retraction and not abs(retract(p.data, steps=1) - p.data).max() < 0.1:
+                raise ValueError(f"Muon keeps weights orthogonal, and {name} does not begin so")
         for shape in dict.fromkeys(p.shape[-2:] for p in parameters.values()):
             group = {k: p for k, p in parameters.items() if p.shape[-2:] == shape}
-            self.buffers.append(zeros(group).reshape(-1, *shape))
+            self.buffers.append(0 * joined(group).reshape(-1, *shape))
             self.state |= named(self.buffers[-1].reshape(-1), group, "m")
             self.parameters |= group
 

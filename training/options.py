@@ -16,7 +16,7 @@ class UserError(Exception):
     """A mistake of the user's: one line and exit status 2, no traceback."""
 
 
-def option(default, help, *, above=None, least=0, most=math.inf, choices=None):
+def option(default, help, *, above=None, least=0, most=1e12, choices=None):
     """A field of Config: its default, what it is, and what it may be."""
     about = {"help": help, "above": above, "least": least, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=about)
@@ -36,7 +36,7 @@ def check_values(config):
         elif not may["least"] <= value < math.inf:
             raise UserError(f"{name} must be {may['least']} or more, and finite, got {value}")
         elif value > may["most"]:
-            raise UserError(f"{name} must be at most {may['most']:,}, got {value}")
+            raise UserError(f"{name} must be at most {may['most']:,.0f}, got {value}")
 
 
 def option_name(field):
@@ -64,14 +64,14 @@ def one_of(choices):
 
 
 def positive_int(value):
-    if not value.isdecimal() or len(value) > 18 or int(value) == 0:
+    if not value.isdecimal() or len(value) > 12 or int(value) == 0:
         raise argparse.ArgumentTypeError(f"{value[:20]!r} is not a positive whole number")
     return int(value)
 
 
 def whole(value):
     try:
-        return int(value[:20])
+        return int(value) if len(value) < 20 else 10**20  # too large, as `check_values` will say
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value[:20]!r} is not a whole number") from None
 

@@ -33,6 +33,10 @@ class Ranks:
             text = f"mpiexec needs mpi4py ({error}): pip install -r requirements-mpi.txt"
             raise UserError(text) from None
         self.comm, self.rank, self.size = MPI.COMM_WORLD, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+        for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+            if int(os.environ.get(name, self.size)) != self.size:
+                raise UserError(f"mpiexec started {os.environ[name]} processes and mpi4py sees "
+                                f"{self.size}: they belong to two MPIs")  # fmt: skip
         here = self.comm.Split_type(MPI.COMM_TYPE_SHARED)  # the ranks on this machine
         self.neighbour, self.neighbours = here.rank, here.size
         kinds = self.comm.Get_info().get("mpi_memory_alloc_kinds")  # MPI 4.1; "cuda" among them?

@@ -1,5 +1,6 @@
 """What a run leaves for people to read: metrics.csv, progress, summary.json, curves.png."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -19,6 +20,7 @@ from fast import attention_matrix
 from osa_minimal import rotation_angles
 from training import checkpoint
 from training.checkpoint import CheckpointError, reading, replacing
+from training.data import standardise
 from training.optimizers import schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,8 +74,8 @@ class Log:
             file.writelines((",".join(row.values()) + "\r\n").encode() for row in rows)
         self.file = open(path, "a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
-        self.start, self.first_step = time.perf_counter() - progress.seconds, progress.step
-        self.first_seconds = progress.seconds
+        self.first = progress.step, progress.seconds
+        self.start = time.perf_counter() - progress.seconds
         self.bar = tqdm(total=run.steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
 
@@ -105,7 +107,7 @@ class Log:
                   error, seconds)  # fmt: skip
         self.writer.writerow({k: f"{v:.7g}" for k, v in zip(self.COLUMNS, values)})
         self.file.flush()
-        per_step = (seconds - self.first_seconds) / (step - self.first_step)
+        per_step = (seconds - self.first[1]) / (step - self.first[0])
         rotation = f"  max ‖S‖₂ {s_norm:.2f}" if run.measures else ""
         text = f"loss {loss:.4f}  accuracy {train:.2%} train {val:.2%} validation{rotation}"
         self.bar.set_postfix_str(text)
@@ -136,11 +138,8 @@ def read_metrics(path):
             raise ValueError("the first line does not name the columns")
         for row in rows:
             if set(row) != set(Log.COLUMNS) or None in row.values():
-                raise ValueError(
-                    f"the row of step {row['step']} has not {len(Log.COLUMNS)} numbers"
-                )
-            for value in row.values():
-                float(value)
+                raise ValueError(f"the row of step {row['step']} is not complete")
+            list(map(float, row.values()))
     return rows
 
 
@@ -158,17 +157,15 @@ def draw_curves(rows, path):
         ("largest rotation angle, rad", "linear", {"max ‖S‖₂ over layers": "max_S_norm"}),
         ("orthogonality error", "log", {"max |AᵀA − I|": "orthogonality_error"}),
     )
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for axis, (label, scale, lines) in zip(axes.flat, panels):
         for (name, key), style in zip(lines.items(), ("-", "--")):
             if any(math.isfinite(v) for v in columns[key]):
                 axis.plot(columns["step"], columns[key], style, label=name)
                 axis.legend()
         positive = any(v > 0 for key in lines.values() for v in columns[key])
-        axis.set(ylabel=label, yscale=scale if positive else "linear")
+        axis.set(xlabel="step", ylabel=label, yscale=scale if positive else "linear")
         axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
     axes[1, 1].set_ylim(1e-8, 1e-4)  # from rounding, float32's eps = 1.2e-7, to what one could see
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -176,44 +173,33 @@ def draw_curves(rows, path):
 
 def peak_memory():
     """The largest resident memory of this process so far, in MB; None on Windows."""
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def write_json(path, content):
-    path.write_text(
-        json.dumps(content, indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-        errors="backslashreplace",
-    )  # a path that is not UTF-8
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path that is not UTF-8
 
 
 def cpu_model():
     """The processor's name, as far as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                line.split(":")[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def machine():
     """Command, date, processor, versions and commit: where a number comes from."""
-    commit = None
+    commit, torch = None, sys.modules.get("torch")
     if (ROOT / ".git").exists():  # not that of a repository around this folder
         command = ["git", "describe", "--always", "--dirty"]
-        try:
-            commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10,
-                                    check=True).stdout.strip()  # fmt: skip
-        except (OSError, subprocess.SubprocessError):
-            pass
-    torch = sys.modules.get("torch")
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+            commit = done.stdout.strip() or None
     return {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -244,24 +230,29 @@ def begin(run, progress, folder, device, args):
     }
     if not args.resume:
         write_json(folder / "config.json", repeat)
+    try:
+        os.environ.pop("MPLBACKEND", None)  # nothing is shown
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        print(f"curves.png will not be drawn: {error}", file=sys.stderr)
     return repeat
 
 
-def print_accuracy(run):
+def print_accuracy(model, dataset, statistics, xp):
     """The one look at the test set; returns the accuracy."""
-    x, y = run.xp.asarray(run.x_test), run.xp.asarray(run.y_test)
-    test, _ = accuracy(run.model, x, y, run.standardise)
+    x, y = xp.asarray(dataset.x_test), xp.asarray(dataset.y_test)
+    test, _ = accuracy(model, x, y, lambda images: standardise(images, *statistics))
     print(f"test accuracy {test:.2%}")
     return test
 
 
-def finish(run, progress, folder, repeat):
-    """Tests the trained network; writes summary.json and curves.png."""
-    print(f"trained for {progress.seconds:.0f} s; testing on {len(run.y_test):,} images")
+def finish(run, progress, folder, repeat, export_path):
+    """Tests the trained network; writes summary.json, the export and curves.png; returns 0."""
+    print(f"trained for {progress.seconds:.0f} s; testing on {len(run.dataset.y_test):,} images")
     validation, _ = accuracy(run.model, run.x_val, run.y_val, run.standardise)
     rows = read_metrics(folder / "metrics.csv")
     summary = {
-        "test_accuracy": print_accuracy(run),
+        "test_accuracy": print_accuracy(run.model, run.dataset, run.statistics, run.xp),
         "validation_accuracy": validation,
         "train_loss": float(rows[-1]["train_loss"]) if rows else None,
         "steps": progress.step,
@@ -273,16 +264,21 @@ def finish(run, progress, folder, repeat):
         "repeat": repeat,
     }
     write_json(folder / "summary.json", summary)
+    export(export_path, run.model, run.config, run.statistics)
     if rows:
-        draw_curves(rows, folder / "curves.png")
+        with contextlib.suppress(ImportError):  # said before training
+            draw_curves(rows, folder / "curves.png")
     print(f"files in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    return 0
 
 
-def export(path, run):
-    """Writes the weights, and all that another program needs to use them, as safetensors."""
-    arrays = {k: ag.to_cpu(p.data) for k, p in run.parameters.items()}
-    mean, std = run.statistics
-    about = {"slope": run.model.slope, "mean": mean, "std": std}
-    metadata = {k: str(v) for k, v in {**dataclasses.asdict(run.config), **about}.items()}
-    checkpoint.export(path, arrays, metadata)
-    print(f"exported {path}")
+def export(path, model, config, statistics):
+    """Writes the weights, and all that another program needs to use them, as safetensors; no path,
+    no file; returns 0."""
+    if path:
+        arrays = {k: ag.to_cpu(p.data) for k, p in model.parameters.items()}
+        about = {"slope": model.slope, "mean": statistics[0], "std": statistics[1]}
+        metadata = {k: str(v) for k, v in {**dataclasses.asdict(config), **about}.items()}
+        checkpoint.export(path, arrays, metadata)
+        print(f"exported {path}")
+    return 0

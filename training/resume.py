@@ -31,6 +31,8 @@ class Progress:
     data: str = ""  # the path of --data
     digest: int = 0  # of the training images
     statistics: list = dataclasses.field(default_factory=lambda: [0.0, 1.0])  # mean, deviation
+    image: list = dataclasses.field(default_factory=list)  # its shape, (H, W) or (H, W, C)
+    classes: int = 0
 
 
 class Stop:
@@ -124,7 +126,10 @@ def load(path, Config, given):
     )
     for name, value in given.items():
         saved = getattr(config, name)
-        if saved != value:
+        if name == "epochs" and value > saved:
+            print(f"epochs {saved} → {value}: the rates go on as those of {value} epochs")
+            config.epochs = value
+        elif saved != value:
             raise UserError(f"{path}: {name} differs: {saved!r} in the checkpoint, {value!r} here")
     try:
         check_values(config)
@@ -147,23 +152,23 @@ def read(kind, values, path):
 
 
 def types(value):
-    return [type(v) for v in value] if isinstance(value, list) else type(value)
+    return list if isinstance(value, list) else type(value)
 
 
-def restore(run, arrays):
-    """Puts a checkpoint's arrays in the place of the run's."""
-    mine = state(run)
+def restore(arrays, parameters, optimizers=(), xp=np):
+    """Puts a checkpoint's arrays in the place of those of the model and of the optimisers."""
+    mine = {f"model.{k}": p.data for k, p in parameters.items()}
+    for optimizer in optimizers:
+        mine |= {f"optimizer.{k}": a for k, a in optimizer.state.items()}
+    if not optimizers:
+        arrays = {k: a for k, a in arrays.items() if k.startswith("model.")}
 
     def form(arrays):
-        return {k: (a.shape, a.dtype.kind, a.itemsize) for k, a in arrays.items()}
+        return {k: (a.shape, a.dtype.kind, a.dtype.itemsize) for k, a in arrays.items()}
 
     if form(mine) != form(arrays):
         raise UserError("the checkpoint's arrays are not those of this configuration")
     for k, a in arrays.items():
         if not np.isfinite(a).all():
             raise UserError(f"the checkpoint's {k} contains NaN or Inf")
-    for k, p in run.parameters.items():
-        p.data[...] = run.xp.asarray(arrays[f"model.{k}"])
-    for optimizer, _, _ in run.updates:
-        for k, a in optimizer.state.items():
-            a[...] = run.xp.asarray(arrays[f"optimizer.{k}"])
+        mine[k][...] = xp.asarray(a)

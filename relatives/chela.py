@@ -1,0 +1,45 @@
+"""CHELA, a reconstruction: short and long convolution, linear attention, a gate.
+
+Neither the authors' formulas nor their code could be had; this is what the published description
+says, with details in the manner of Mega that are ours, and no evidence about the authors' model:
+
+    U = depthwise convolution of X with k_long + k_short;   Z = SiLU(U)
+    Q = Z ∘ g_q + b_q,  K = Z ∘ g_k + b_k,  V = SiLU(X W_v + b_v),   O = Q (Kᵀ V)/N
+    out = (O ∘ SiLU(Z W_g + b_g)) W_o + b_o           causal: o_t = q_tᵀ Σ_{s≤t} k_s v_sᵀ/t
+
+Source of the idea: arXiv 2406.08128.
+Shapes: X (..., N, d); kl (d, 2N − 1) for the lags −(N−1) … N−1, causal (d, N) for 0 … N−1; ks
+(d, taps) centred on lag 0, taps odd, causal lags 0 … taps − 1; gq, bq, gk, bk, bv, bg, bo (d,); Wv,
+Wg, Wo (d, d).  Cost: N log N · d + N d².  Causal: both.  Assumes a gated residual around it.
+Beside OSA: position by a convolution, content by a rank-d product, and nothing controls the norm.
+"""
+
+import autograd as ag
+from autograd import array_module
+from relatives.circulant import correlate
+from relatives.hla import linear_attention
+from relatives.ops import shaped, silu
+
+
+def chela(X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo, *, causal=False):
+    """(..., N, d) by the formulas above."""
+    N = X.shape[-2]
+    X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo = shaped(
+        {"lags": N if causal else 2 * N - 1}, X=(X, "... N d"), kl=(kl, "d lags"),
+        ks=(ks, "d taps"), gq=(gq, "d"), bq=(bq, "d"), gk=(gk, "d"), bk=(bk, "d"), Wv=(Wv, "d d"),
+        bv=(bv, "d"), Wg=(Wg, "d d"), bg=(bg, "d"), Wo=(Wo, "d d"), bo=(bo, "d"),
+    )  # fmt: skip
+    xp, (d, lags), taps = array_module(X), kl.shape, ks.shape[1]
+    if taps > lags or not (causal or taps % 2):
+        raise ValueError(f"ks must have an odd number of taps up to {lags}, got shape {ks.shape}")
+    kernel = kl + ks @ xp.eye(taps, lags, 0 if causal else N - 1 - taps // 2, dtype=X.dtype)
+    # As a correlation on a circle of 2N − 1: the kernel from its last lag, N − 1, to its first, and
+    # as many zeros before X.
+    none = xp.zeros((d, 2 * N - 1 - lags), X.dtype)
+    kernel = ag.concatenate([kernel[:, ::-1], none]).transpose()
+    past = xp.zeros((*X.shape[:-2], N - 1, d), X.dtype)
+    U = correlate(kernel, ag.concatenate([past, X], axis=-2), (1, 2 * N - 1))[..., :N, :]
+    Z, V = silu(U), silu(X @ Wv + bv)
+    O = linear_attention(Z * gq + bq, Z * gk + bk, V, causal)
+    O = O / (xp.arange(1, N + 1, dtype=X.dtype)[:, None] if causal else N)
+    return (O * silu(Z @ Wg + bg)) @ Wo + bo

@@ -1,0 +1,60 @@
+"""Circulant attention: softmax of one periodic correlation per channel, applied as a convolution.
+
+N = rows · columns tokens on a periodic grid, every channel a head of its own:
+
+    [q, k, v] = X W_qkv;   a[δ] = (1/√N) Σ_p q[p] k[p + δ];   w = softmax of a over the N offsets δ
+    y[p] = Σ_δ w[δ] v[p + δ];   out = (y ∘ SiLU(X W_g + b_g)) W_o + b_o
+
+Source: arXiv 2512.21542 and its code; the paper's scale is 1/N, that of its code, taken here, 1/√N.
+Shapes: X (..., N, d), Wqkv (d, 3d), Wg, Wo (d, d), bg, bo (d,); grid (rows, columns) or one side.
+Cost: N log N · d beside the projections.  Causal: no.  Assumes pre-LayerNorm, a skip and a
+convolution for position: the mixing matrix is doubly stochastic, it averages.
+Beside OSA: mixing in N log N needs only a shift-invariant matrix; it would be orthogonal with a
+spectrum of modulus one, where softmax gives one of modulus at most one.
+"""
+
+import numpy as np
+
+import autograd as ag
+from autograd import array_module
+from relatives.ops import T, shaped, silu
+
+
+def _cyclic(a, b, grid, conjugate):
+    """F⁻¹(conj(F a) ∘ F b), or without the conjugate the convolution Σ_p a[p] b[δ − p]."""
+    fft, on = array_module(a, b).fft, {"axes": (-3, -2)}
+    A, B = (fft.rfft2(x.reshape(*x.shape[:-2], *grid, x.shape[-1]), **on) for x in (a, b))
+    c = fft.irfft2((A.conj() if conjugate else A) * B, s=grid, **on)  # s: odd sizes as well
+    return c.reshape(*c.shape[:-3], grid[0] * grid[1], c.shape[-1])
+
+
+def correlate(a, b, grid):
+    """c[δ] = Σ_p a[p] b[p + δ] on the periodic grid, channel by channel; a, b (..., N, d).
+
+    ∂/∂a: the correlation of g and b;  ∂/∂b: the convolution of a and g.
+    """
+
+    def backward(g, saved):
+        a, b = saved
+        da, db = _cyclic(g, b, grid, True), _cyclic(a, g, grid, False)
+        return ag.unbroadcast(da, a.shape), ag.unbroadcast(db, b.shape)
+
+    return ag.operator(lambda a, b: (_cyclic(a, b, grid, True), (a, b)), backward)(a, b)
+
+
+def circulant(X, Wqkv, Wg, bg, Wo, bo, grid):
+    """(..., N, d) by the formulas above."""
+    X, Wqkv, Wg, bg, Wo, bo = shaped(
+        {"3d": 3 * X.shape[-1]}, X=(X, "... N d"), Wqkv=(Wqkv, "d 3d"), Wg=(Wg, "d d"),
+        bg=(bg, "d"), Wo=(Wo, "d d"), bo=(bo, "d"),
+    )  # fmt: skip
+    N, d = X.shape[-2:]
+    rows, columns = (int(n) for n in np.broadcast_to(grid, 2))
+    if rows < 1 or rows * columns != N:
+        raise ValueError(f"grid must hold the {N} tokens, got {rows} x {columns}")
+    F = X @ Wqkv
+    q, k, v = F[..., :d], F[..., d : 2 * d], F[..., 2 * d :]
+    a = correlate(q, k, (rows, columns)) * N**-0.5  # (..., N, d), one weight per offset
+    w = T(ag.softmax(T(a)))
+    y = correlate(w, v, (rows, columns))
+    return (y * silu(X @ Wg + bg)) @ Wo + bo
