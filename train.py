@@ -77,6 +77,9 @@ def build(config, image, classes, xp=np):
     attention = relatives.ATTENTION[config.attention]
     if config.attention == "osa" and config.operator == "paper":
         attention = osa_minimal.MultiHeadOSA
+    if config.attention in relatives.LAYERS:  # some have weights for a number of tokens
+        tokens = image[0] * image[1] // config.patch**2
+        attention = functools.partial(attention, tokens=tokens)
     return relatives.Transformer(
         d=config.width, heads=config.heads, depth=config.depth, patch=config.patch, image=image,
         classes=classes, mlp_ratio=config.mlp_ratio, eta=config.eta or None, attention=attention,
@@ -108,7 +111,7 @@ class Run:
         self.threads = min(threads, self.batches.size // self.ranks.size)
         models = [build(config, x.shape[1:], dataset.classes, xp) for _ in range(self.threads)]
         self.model, self.measures = models[0], "layers.0.alpha" in models[0].parameters
-        images, _ = self.batches.images(*self.batches.choose(0))
+        images, _ = self.batches.images(*self.batches.choose(0, whole=True))
         osa_minimal.calibrate(self.model, self.standardise(images), config.s_norm)
 
         self.parameters, self.updates = assign(config, self.model.parameters)
@@ -159,6 +162,8 @@ def main(arguments=None):
 def work(ranks, config, args, given):
     """What the command line asks for, in one of several processes; returns the exit status."""
     keep_freed_memory()
+    if args.graph and ranks.size > 1:
+        raise UserError("--graph: the gradients of several ranks are not summed in a CUDA graph")
     if args.export:
         folder.check_export(args.export)
     progress, arrays, statistics = resume.Progress(), None, None
@@ -198,9 +203,9 @@ def in_folder(run, progress, args, device):
             for t in stop.steps(progress.step, last):
                 run.step(t)
         return 0
-    progress.threads, progress.log_every = run.threads, args.log_every or progress.log_every
+    progress.threads, progress.log_every = run.threads, args.log_every or progress.log_every or 50
     progress.digest, progress.statistics = run.digest, list(run.statistics)
-    progress.image, progress.classes = list(run.x_val.shape[1:]), len(run.parameters["b_C"].data)
+    progress.image, progress.classes = [*run.x_val.shape[1:], 1][:3], run.dataset.classes
     where = folder.old(args.resume) if args.resume else folder.new(args.out, run.config.preset)
     with folder.in_use(where, new=not args.resume), resume.Stop(run.ranks) as stop:
         repeat = report.begin(run, progress, where, device, args)

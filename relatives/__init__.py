@@ -2,6 +2,7 @@
 
 import fast
 from relatives.fixed import FixedOrthogonal, Identity
+from relatives.layers import LAYERS
 from relatives.softmax import Softmax
 from relatives.transformer import Transformer
 from relatives.xsa import XSA
@@ -12,6 +13,7 @@ ATTENTION = {
     "xsa": XSA,
     "identity": Identity,
     "fixed-orthogonal": FixedOrthogonal,
+    **LAYERS,
 }
 
-__all__ = ["ATTENTION", "Transformer"]
+__all__ = ["ATTENTION", "LAYERS", "Transformer"]

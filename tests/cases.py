@@ -10,49 +10,35 @@ import autograd as ag
 import fast
 import osa_minimal
 
-DTYPES = [np.float32, np.float64]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+DTYPES = {"float32": np.float32, "float64": np.float64}
 
 
 class Operator(NamedTuple):
-    """One way to compute O = exp(S) V, its gradients, and A = exp(S) itself."""
+    """One way to compute O = exp(S) V and its gradients."""
 
     forward: object
     backward: object
-    matrix: object
 
     def gradients(self, Q, K, V, alpha, dO):
         return self.backward(dO, self.forward(Q, K, V, alpha)[1])
+
+    def matrix(self, Q, K, alpha):
+        """A = exp(S), by applying it to the identity."""
+        I = np.eye(Q.shape[-2], dtype=Q.dtype)
+        return self.forward(Q, K, np.broadcast_to(I, (*Q.shape[:-1], len(I))), alpha)[0]
 
     def on_tensors(self):
         return ag.operator(self.forward, self.backward)
 
 
-def route(name):
-    return Operator(
-        lambda Q, K, V, alpha: fast.osa_forward(Q, K, V, alpha, name),
-        fast.osa_backward,
-        lambda Q, K, alpha: fast.attention_matrix(Q, K, alpha, name),
-    )
-
-
-def paper(method):
-    def forward(Q, K, V, alpha):
-        return osa_minimal.osa_forward(Q, K, V, alpha, method)
-
-    def matrix(Q, K, alpha):
-        I = np.eye(Q.shape[-2], dtype=Q.dtype)
-        return forward(Q, K, np.broadcast_to(I, (*Q.shape[:-1], Q.shape[-2])), alpha)[0]
-
-    return Operator(forward, osa_minimal.osa_backward, matrix)
+def operator(module, how):
+    return Operator(lambda *arrays: module.osa_forward(*arrays, how), module.osa_backward)
 
 
 ROUTES = ["auto", "gram", "qr", "newton_schulz", "dense", "products"]
 METHODS = ["qr", "newton_schulz"]
-OPERATORS = {r: route(r) for r in ROUTES} | {f"paper {m}": paper(m) for m in METHODS}
-each_route = pytest.mark.parametrize("route", ROUTES)
-each_method = pytest.mark.parametrize("method", METHODS)
-each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+OPERATORS = {r: operator(fast, r) for r in ROUTES}
+OPERATORS |= {f"paper {m}": operator(osa_minimal, m) for m in METHODS}
 
 
 def columns(rng, n, m):
@@ -110,7 +96,6 @@ CASES = """generic|batch, alpha per head|batch, one head has alpha 0|repeated co
 columns 1e-3 apart|columns 1e-7 apart|repeated tokens|repeated angles|K = Q|alpha = 0|
 Q = K = V = 0|Q = 0|N < 2 d_v|N = 2 d_v + 1|N = 1|d_v = 1|padded rows|
 large angles""".replace("\n", "").split("|")
-each_case = pytest.mark.parametrize("case", CASES)
 
 
 def cast(dtype, *arrays):
@@ -194,7 +179,6 @@ SPECTRA = {
     "large": lambda rng: 5 * skew(rng, 6),
     "one by one": lambda rng: np.zeros((1, 1)),
 }
-each_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
 
 
 def turned(S, rng):

@@ -1,4 +1,4 @@
-"""One `xp` fixture: the same test bodies run on NumPy, on a refusing stand-in, and on CuPy."""
+"""What the same test bodies run on, above all `xp`: NumPy, a refusing stand-in, and CuPy."""
 
 import os
 from collections import Counter
@@ -9,6 +9,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import warnings  # noqa: E402
 
+import cases  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import refusing  # noqa: E402
@@ -26,6 +27,16 @@ def xp(request):
     if request.param == "cupy" and GPU is np:
         pytest.skip(WHY)
     return {"numpy": np, "refusing": refusing, "cupy": GPU}[request.param]
+
+
+def each(values):
+    """A fixture of all values of a dict, or of a list; a test may name other values itself."""
+    named = values if isinstance(values, dict) else {v: v for v in values}
+    return pytest.fixture(params=named)(lambda request: named[request.param])
+
+
+operator, dtype, case = each(cases.OPERATORS), each(cases.DTYPES), each(cases.CASES)
+route, method, spectrum = each(cases.ROUTES), each(cases.METHODS), each(cases.SPECTRA)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ takes no more memory than a few times the file.  A short form runs among the tes
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 import pickle
@@ -21,13 +22,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import report  # noqa: E402
 import train  # noqa: E402
+from training import checkpoint, data, report, resume  # noqa: E402
+from training.options import UserError  # noqa: E402
 
 MEMORY = 8 * 2**20  # bytes; the files themselves are of some 10 kB
 EXTREME = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1]
@@ -102,6 +103,16 @@ def regzipped(raw, rng):
     return gzip.compress(mutated(gzip.decompress(raw), rng), 1)
 
 
+def resummed(raw, rng):
+    """The checkpoint with its record damaged and the checksum right."""
+    arrays = safetensors.numpy.load(raw)
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    record = header["__metadata__"]["crc32, meta"].partition(" ")[2].encode()
+    record = mutated(record, rng).decode("utf-8", "replace")
+    about = {"crc32, meta": f"{checkpoint.checksum(arrays, record)} {record}"}
+    return safetensors.numpy.save(arrays, about)
+
+
 # ------------------------------------------------------------------------------------ the readers
 
 
@@ -123,6 +134,13 @@ def good_idx(folder, end):
     return folder / (data.IDX["x_train"] + end)
 
 
+def good_cifar(folder):
+    folder.mkdir()
+    for name in (*data.CIFAR[0], *data.CIFAR[1]):
+        (folder / name).write_bytes(np.arange(2 * 3073, dtype=np.uint16).astype(np.uint8).tobytes())
+    return folder / data.CIFAR[0][1]
+
+
 def read_data(path):
     dataset = data.load(path)
     for a in dataset[:4]:
@@ -130,20 +148,28 @@ def read_data(path):
     assert len(dataset.x_train) == len(dataset.y_train)
 
 
+def read_folder(path):
+    read_data(path.parent)
+
+
 def read_checkpoint(path):
-    config, arrays, _ = train.load_checkpoint(path, {})
+    config, progress, arrays = resume.load(path, train.Config, {})
     assert isinstance(config, train.Config) and all(a.dtype.kind in "biuf" for a in arrays.values())
+    assert (
+        progress.step >= 0
+        and all(type(v) is float for v in progress.sums)
+        and len(progress.sums) == 3
+    )
 
 
 def cases(folder):
     """name: (good file, what reads it, ways to damage it)."""
     np.savez(folder / "data.npz", **good_arrays())
     np.savez_compressed(folder / "packed.npz", **good_arrays())
-    progress = {k: kind() for k, kind in train.PROGRESS.items()}
-    meta = {"config": train.dataclasses.asdict(train.Config()), "progress": progress, "data": None,
-            **train.LATER}  # fmt: skip
+    meta = {"config": dataclasses.asdict(train.Config())}
+    meta["progress"] = dataclasses.asdict(resume.Progress())
     arrays = {"model.W": np.ones((3, 4), np.float32), "optimizer.m": np.zeros(5)}
-    checkpoint.save(folder / "checkpoint.npz", arrays, meta)
+    checkpoint.save(folder / "checkpoint", arrays, meta)
     with open(folder / "metrics.csv", "w", encoding="utf-8") as file:
         print(",".join(report.Log.COLUMNS), *(",".join(["1.5"] * 10) for _ in range(5)), sep="\n",
               file=file)  # fmt: skip
@@ -152,14 +178,15 @@ def cases(folder):
     return {
         "npz": (folder / "data.npz", read_data, zips),
         "npz, compressed": (folder / "packed.npz", read_data, zips),
-        "IDX": (plain, lambda path: read_data(path.parent), [mutated]),
-        "IDX, gzip": (packed, lambda path: read_data(path.parent), [mutated, regzipped]),
-        "checkpoint": (folder / "checkpoint.npz", read_checkpoint, zips),
+        "IDX": (plain, read_folder, [mutated]),
+        "IDX, gzip": (packed, read_folder, [mutated, regzipped]),
+        "CIFAR-10": (good_cifar(folder / "cifar"), read_folder, [mutated]),
+        "checkpoint": (folder / "checkpoint", read_checkpoint, [mutated, resummed]),
         "metrics.csv": (folder / "metrics.csv", report.read_metrics, [mutated]),
     }
 
 
-REFUSALS = (data.DataError, checkpoint.CheckpointError, train.UserError)
+REFUSALS = (data.DataError, checkpoint.CheckpointError, UserError)
 
 
 def fuzz(count, seed=0, only=None):
@@ -201,7 +228,7 @@ def fuzz(count, seed=0, only=None):
     return results
 
 
-READERS = ("npz", "npz, compressed", "IDX", "IDX, gzip", "checkpoint", "metrics.csv")
+READERS = ("npz", "npz, compressed", "IDX", "IDX, gzip", "CIFAR-10", "checkpoint", "metrics.csv")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

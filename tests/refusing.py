@@ -210,25 +210,10 @@ class Array:
         counts["waits"] += 1
         return self._a[()]
 
-    def __float__(self):
-        return float(self._scalar())
-
-    def __int__(self):
-        return int(self._scalar())
-
-    def __bool__(self):
-        return bool(self._scalar())
-
     def get(self):
         _refuse_in_a_recording("moves an array to the host")
         counts["to_host"] += 1
         return self._a.copy()
-
-    def item(self, *args):
-        return self.get().item(*args)
-
-    def tolist(self):
-        return self.get().tolist()
 
 
 def _wrap_property(name, value):
@@ -260,6 +245,10 @@ for _name in "add sub mul truediv floordiv mod pow matmul and or xor".split():
     setattr(Array, f"__r{_name}__", _method(f"__r{_name}__"))
     if _name != "matmul":  # CuPy has no `@=` of its own: `x @= y` binds x to a new array
         setattr(Array, f"__i{_name}__", _method(f"__i{_name}__", inplace=True))
+for _kind in (float, int, bool):
+    setattr(Array, f"__{_kind.__name__}__", lambda self, _kind=_kind: _kind(self._scalar()))
+for _name in ("item", "tolist"):
+    setattr(Array, _name, lambda self, *args, _name=_name: getattr(self.get(), _name)(*args))
 for _name in "lt le gt ge eq ne".split():
     setattr(Array, f"__{_name}__", _method(f"__{_name}__"))
 _ALONE = {"neg": "negative", "pos": "positive", "abs": "absolute", "invert": "invert"}
@@ -348,19 +337,13 @@ def _gemm(dtype):
     return single, gemm
 
 
-class _Stream:
+class _Stream(_contextlib.nullcontext):
     """Records like a CUDA stream: what is done meanwhile is undone, and repeated by the graph."""
 
     ptr = 0
 
     def __init__(self, non_blocking=False):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+        super().__init__()
 
     def record(self):
         return "event"

@@ -4,8 +4,8 @@ import gc
 import math
 import sys
 import threading
-import types
 import weakref
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import refusing
 
 import autograd as ag
 from autograd import Tensor
+from fast.gpu import find_device
 
 # Central differences with h = eps^(1/3) are right to about eps^(2/3) = 4e-11 of the terms summed;
 # the third derivatives of the functions below are at most a few hundred times as large.
@@ -31,6 +32,8 @@ def off_kink(rng, shape):
     """Both signs, and no entry within 0.1 of 0, so that differences do not step over a kink."""
     return rng.choice([-1.0, 1.0], shape) * rng.uniform(0.1, 1.0, shape)
 
+
+product_by_hand = ag.operator(lambda a, b: (a * b, (a, b)), lambda g, ab: (g * ab[1], g * ab[0]))
 
 # name: (operation on tensors, how to draw the arguments, their shapes)
 OPERATIONS = {
@@ -81,6 +84,7 @@ OPERATIONS = {
     "negation": (lambda a: -a, normal, [(3, 4)]),
     "b = a + a; c = b + b": (lambda a: (a + a) + (a + a), normal, [(3,)]),
     "diamond": (lambda a: (lambda b: b * b + ag.exp(b))(a + a), normal, [(3, 4)]),
+    "operator": (product_by_hand, normal, [(3, 4), (3, 4)]),
     "one argument twice": (lambda a, b: a * b + a / (1 + b * b) - a * a, normal, [(3, 4), (3, 4)]),
 }
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -142,6 +146,21 @@ def test_inputs_and_the_gradient_passed_in_are_not_modified(name, xp):
 
 
 @each_operation
+def test_gradients_are_taken_at_the_values_of_the_forward_pass(name, xp):
+    f, arrays = arguments(name, xp)
+    results = []
+    for change in (1.0, -3.0):  # as an optimiser may change weights before another loss is walked
+        inputs = [Tensor(xp.array(a), requires_grad=True) for a in arrays]
+        out = f(*inputs)
+        for t in inputs:
+            t.data *= change
+        out.backward(xp.asarray(np.random.default_rng(1).standard_normal(out.shape)))
+        results.append([ag.to_cpu(a) for a in (out.data, *(t.grad for t in inputs))])
+    for a, b in zip(*results):
+        np.testing.assert_array_equal(a, b)
+
+
+@each_operation
 def test_memory_layout_makes_no_difference(name, xp):
     f, arrays = arguments(name, xp)
     results = []
@@ -160,7 +179,7 @@ def test_memory_layout_makes_no_difference(name, xp):
         np.testing.assert_allclose(a, b, rtol=0, atol=24 * 10 * np.finfo(float).eps)
 
 
-# Python numbers on either side, and numpy arrays on the left.
+# Python's and NumPy's numbers on either side.
 SCALARS = {
     "x + 1": lambda x: x + 1,
     "1.5 + x": lambda x: 1.5 + x,
@@ -176,11 +195,17 @@ SCALARS = {
     "x * math.sqrt(2)": lambda x: x * math.sqrt(2),
     "maximum(x, 1)": lambda x: ag.maximum(x, 1),
     "0-d of a float": lambda x: x.sum() / 7 + 1.0,
+    "np.float64(2.5) * x": lambda x: np.float64(2.5) * x,
+    "x - np.float64(1)": lambda x: x - np.float64(1),
+    "np.int64(3) / x": lambda x: np.int64(3) / x,
+    "x ** np.float64(1.5)": lambda x: x ** np.float64(1.5),
+    "maximum(x, np.float64(1))": lambda x: ag.maximum(x, np.float64(1)),
+    "leaky_relu by NumPy's numbers": lambda x: ag.leaky_relu(x, np.float64(0.2), np.float64(2)),
 }
 
 
 @pytest.mark.parametrize("name", SCALARS)
-def test_python_numbers_take_the_dtype_of_the_tensor(name, xp, rng):
+def test_numbers_take_the_dtype_of_the_tensor(name, xp, rng):
     f = SCALARS[name]
     a = positive(rng, (3, 4))
     x = Tensor(xp.asarray(a.astype(np.float32)), requires_grad=True)
@@ -193,12 +218,26 @@ def test_python_numbers_take_the_dtype_of_the_tensor(name, xp, rng):
 
 def test_an_array_on_the_left_is_a_constant(xp, rng):
     a, b = (xp.asarray(rng.standard_normal((3, 4))) for _ in range(2))
-    for f in (lambda c, x: c + x, lambda c, x: c - x, lambda c, x: c * x, lambda c, x: c / x):
+    for f in (lambda c, x: c + x, lambda c, x: c - x, lambda c, x: c * x, lambda c, x: c / x,
+              lambda c, x: c @ x.transpose()):  # fmt: skip
         x = Tensor(b, requires_grad=True)
         out = f(a, x)
         assert isinstance(out, Tensor)
         np.testing.assert_array_equal(ag.to_cpu(out.data), ag.to_cpu(f(a, b)))
         assert ag.gradient_check(lambda t, f=f: f(a, t), b) < CHECK
+
+
+def test_sums_over_many_rows_of_float32_are_right_to_the_last_digit(rng):
+    a, W, b = (rng.random(shape).astype(np.float32) for shape in ((300_000, 2), (2, 2), (2,)))
+    G, exact = rng.random(a.shape).astype(np.float32), a.astype(float).sum(axis=0)
+    biases = [Tensor(b, requires_grad=True) for _ in range(2)]
+    ag.linear(a, W, biases[0]).backward(G)
+    (a + biases[1]).backward(G)
+    results = [(t.grad, G.astype(float).sum(axis=0)) for t in biases]
+    results += [(ag.sum(a, axis=0).data, exact), (ag.mean(a, axis=0).data, exact / len(a))]
+    for got, want in results:  # one rounding, half an eps; row by row the error would be 300 eps
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, want, rtol=np.finfo(np.float32).eps)
 
 
 # ---------------------------------------------------------------------------- cross-entropy
@@ -290,10 +329,18 @@ def test_gradients_accumulate_over_graphs(xp, rng):
     x = Tensor(xp.asarray(a), requires_grad=True)
     (x * x).backward(xp.asarray(G))
     first = x.grad
-    kept = np.array(ag.to_cpu(first))
     (x * 3.0).backward(xp.asarray(G))
     np.testing.assert_array_equal(ag.to_cpu(x.grad), 2 * a * G + 3.0 * G)
-    np.testing.assert_array_equal(ag.to_cpu(first), kept)  # not changed under its owner's hands
+    assert x.grad is first  # in place: it may be a view of one array for all gradients
+
+
+def test_gradients_are_added_to_views_of_one_array(xp, rng):
+    a, b, G = rng.standard_normal((3, 2, 3))
+    x, y = (Tensor(xp.asarray(v), requires_grad=True) for v in (a, b))
+    joined = xp.ones(12)
+    x.grad, y.grad = joined[:6].reshape(2, 3), joined[6:].reshape(2, 3)
+    (x * y).backward(xp.asarray(G))
+    np.testing.assert_array_equal(ag.to_cpu(joined), 1 + np.ravel([b * G, a * G]))
 
 
 def test_gradients_share_no_memory_with_each_other_or_with_the_one_passed_in(rng):
@@ -351,13 +398,31 @@ def test_backward_refuses_what_it_cannot_do():
     x = Tensor(np.ones((2, 3)), requires_grad=True)
     with pytest.raises(ValueError, match=r"gradient for a tensor of shape \(2, 3\)"):
         (x + 1).backward()
-    with pytest.raises(ValueError, match="grad has shape"):
-        (x + 1).backward(np.ones((3, 2)))
+    for grad in (np.ones((3, 2)), np.ones((2, 3), np.float32)):
+        with pytest.raises(ValueError, match="grad must be float64 .2, 3."):
+            (x + 1).backward(grad)
+    with pytest.raises(ValueError, match="needs a gradient"):
+        (x + 1).backward(2.0)
     with pytest.raises(RuntimeError, match="requires no gradient"):
         (Tensor(np.ones(3)) * 2).backward(np.ones(3))
-    wrong = ag.operator(lambda a: (a * 1, None), lambda g, saved: [g[0]])
-    with pytest.raises(ValueError, match="VJP"):
-        wrong(x).backward(np.ones((2, 3)))
+    for gradients, what in (
+        (lambda g: [g[0]], r"\(3,\) for an argument \(2, 3\)"),
+        (lambda g: [None], "None for an argument"),
+        (lambda g: [g, g], "2 gradients for 1 arguments"),
+    ):
+
+        def misled(a):
+            return a * 1, None
+
+        wrong = ag.operator(misled, lambda g, saved, gradients=gradients: gradients(g))
+        with pytest.raises(ValueError, match=f"misled gave.*{what}"):
+            wrong(x).backward(np.ones((2, 3)))
+
+
+def test_a_number_is_gradient_enough_for_a_tensor_of_one_entry(xp):
+    x = Tensor(xp.asarray(np.arange(3.0)), requires_grad=True)
+    (x * x).sum().backward(0.5)
+    np.testing.assert_array_equal(ag.to_cpu(x.grad), [0, 1, 2])
 
 
 def test_nothing_is_recorded_without_need(xp):
@@ -383,6 +448,16 @@ def test_no_grad_holds_for_its_own_thread_only():
     assert seen == [True]
 
 
+def test_no_grad_in_a_generator_is_refused_as_it_would_hold_outside():
+    def values():
+        with ag.no_grad():
+            yield 1
+
+    with pytest.raises(RuntimeError, match="generator"):
+        next(values())
+    assert (Tensor(np.ones(3), requires_grad=True) * 2).requires_grad
+
+
 def test_a_constant_gets_no_gradient(xp):
     x = Tensor(xp.asarray(np.ones(3)), requires_grad=True)
     c = Tensor(xp.asarray(np.arange(3.0)))
@@ -396,7 +471,12 @@ def test_tensor_refuses_what_has_no_gradient():
         Tensor(np.arange(3), requires_grad=True)
     with pytest.raises(TypeError, match="cannot wrap"):
         Tensor(Tensor(np.ones(3)))
-    assert Tensor([1.0, 2.0]).dtype == np.float64 and len(Tensor([1.0, 2.0])) == 2
+    for thing in (np.ma.ones(3), np.array([None]), np.array(["x"])):
+        with pytest.raises(TypeError, match="array"):
+            Tensor(thing)
+    with pytest.raises(TypeError, match="take its .data"):
+        np.asarray(Tensor(np.ones(3)))
+    assert Tensor([1.0, 2.0]).dtype == np.float64 and Tensor([1.0, 2.0]).shape == (2,)
 
 
 def test_operations_refuse_bad_arguments(rng):
@@ -421,17 +501,9 @@ def test_record_keeps_the_backward_only_where_a_graph_is_recorded():
 
 
 def test_operator_plugs_a_manual_backward_into_the_graph(xp, rng):
-    def forward(a, b):
-        return a * b, (a, b)
-
-    def backward(g, saved):
-        a, b = saved
-        return g * b, g * a
-
-    f = ag.operator(forward, backward)
     a, b = (xp.asarray(rng.standard_normal((3, 4))) for _ in range(2))
-    assert ag.gradient_check(lambda x, y: f(x, y) + x, a, b) < CHECK
-    assert ag.gradient_check(lambda x: f(x, b), a) < CHECK  # a constant beside it
+    assert ag.gradient_check(lambda x, y: product_by_hand(x, y) + x, a, b) < CHECK
+    assert ag.gradient_check(lambda x: product_by_hand(x, b), a) < CHECK  # a constant beside it
 
 
 @pytest.mark.parametrize(
@@ -560,41 +632,15 @@ def test_to_cpu_brings_the_values_back(xp, rng):
     np.testing.assert_array_equal(back, a)
 
 
-class FakeCuPy(types.ModuleType):
+def fake_cupy(product):
     """A CuPy that imports; its kernels raise, or give a matrix product of our choice."""
-
-    float32 = np.float32
-
-    def __init__(self, product):
-        super().__init__("cupy")
-        self.product = product
-        device = types.SimpleNamespace(id=0)
-        self.cuda = types.SimpleNamespace(
-            Device=lambda: device,
-            runtime=types.SimpleNamespace(getDeviceProperties=lambda i: {"name": b"a fake GPU"}),
-        )
-
-    def arange(self, n, dtype):
-        if isinstance(self.product, Exception):
-            raise self.product
-        return FakeArray(self.product)
-
-
-class FakeArray:
-    def __init__(self, product):
-        self.product = product
-
-    def reshape(self, *shape):
-        return self
-
-    def __add__(self, other):
-        return self
-
-    def __matmul__(self, other):
-        return self
-
-    def get(self):
-        return np.array(self.product)
+    fake = mock.MagicMock(__name__="cupy")
+    fake.arange.side_effect = product if isinstance(product, Exception) else None
+    a = fake.arange.return_value.reshape.return_value.__add__.return_value
+    a.__matmul__.return_value.get.return_value = np.array(product)
+    fake.cuda.runtime.getDeviceCount.return_value = 3
+    fake.cuda.runtime.getDeviceProperties.return_value = {"name": b"a fake GPU"}
+    return fake
 
 
 RIGHT, WRONG = [[7.0, 10.0], [15.0, 22.0]], [[0.0, 0.0], [0.0, 0.0]]
@@ -607,10 +653,10 @@ class CUDARuntimeError(RuntimeError):
 BROKEN = {
     "not installed": (None, "CuPy is not installed"),
     "no driver": (
-        FakeCuPy(CUDARuntimeError("cudaErrorInsufficientDriver: too old\nsecond line")),
+        fake_cupy(CUDARuntimeError("cudaErrorInsufficientDriver: too old\nsecond line")),
         "cudaErrorInsufficientDriver",
     ),
-    "wrong results": (FakeCuPy(WRONG), "wrong 2 x 2 matrix product"),
+    "wrong results": (fake_cupy(WRONG), "wrong 2 x 2 matrix product"),
 }
 
 
@@ -618,7 +664,7 @@ BROKEN = {
 def test_auto_falls_back_to_the_cpu_and_says_why(state, monkeypatch):
     fake, why = BROKEN[state]
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    module, reason = ag.find_device("auto")
+    module, reason = find_device("auto")
     assert module is np and why in reason and "\n" not in reason
 
 
@@ -627,27 +673,35 @@ def test_cuda_without_a_working_gpu_is_an_error_that_names_the_remedy(state, mon
     fake, why = BROKEN[state]
     monkeypatch.setitem(sys.modules, "cupy", fake)
     with pytest.raises(RuntimeError, match=r"requirements-cuda1\d\.txt") as error:
-        ag.find_device("cuda")
+        find_device("cuda")
     assert why in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_a_gpu_that_computes_is_found_and_named(name, monkeypatch):
-    fake = FakeCuPy(RIGHT)
+    fake = fake_cupy(RIGHT)
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    module, reason = ag.find_device(name)
+    module, reason = find_device(name)
     assert module is fake and "a fake GPU" in reason
 
 
+@pytest.mark.parametrize("card, used", [(0, 0), (2, 2), (4, 1)])
+def test_of_several_gpus_each_process_takes_one_round_and_round(card, used, monkeypatch):
+    fake = fake_cupy(RIGHT)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    find_device("auto", card)
+    assert fake.cuda.Device.mock_calls[:2] == [mock.call(used), mock.call().use()]
+
+
 def test_cpu_is_numpy_and_does_not_import_cupy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", FakeCuPy(RIGHT))
-    assert ag.find_device("cpu")[0] is np
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(RIGHT))
+    assert find_device("cpu")[0] is np
 
 
 @pytest.mark.parametrize("name", ["gpu", "", None, "cuda:0"])
 def test_an_unknown_device_is_refused_by_name(name):
     with pytest.raises(ValueError, match="device must be"):
-        ag.find_device(name)
+        find_device(name)
 
 
 # ------------------------------------------------------------------ the stand-in for CuPy itself

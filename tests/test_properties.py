@@ -33,17 +33,13 @@ def laid_out(a, layout):
     """The same numbers in another memory layout."""
     if layout == "column-major":
         return np.asfortranarray(a)
+    out = a.copy()
     if layout == "every other row":
         out = np.full((*a.shape[:-2], 2 * a.shape[-2], a.shape[-1]), np.nan, a.dtype)[..., ::2, :]
     elif layout == "backwards":
-        out = np.empty_like(a)[..., ::-1, ::-1]
-    elif layout == "read-only":
-        out = a.copy()
-        out.flags.writeable = False
-        return out
-    else:
-        return a.copy()
+        out = out[..., ::-1, ::-1]
     out[...] = a
+    out.flags.writeable = layout != "read-only"
     return out
 
 
@@ -205,7 +201,6 @@ def test_nan_and_inf_are_refused_by_name(arrays, name, bad):
     a = np.array(named[name], arrays[0].dtype)
     a[(..., *(0,) * min(a.ndim, 2))] = bad
     named[name] = a
-    saved = None
     if name == "dO":
         saved = fast.osa_forward(*arrays[:4])[1]
         with pytest.raises(ValueError, match=name):

@@ -55,8 +55,7 @@ def layer(kind, heads, s_norm, seed=0):
 
 
 def bound(attention, X):
-    p = {k: t.data for k, t in attention.parameters.items()}
-    return jacobian_bound(X, p["W_QK"], p["W_V"], p["alpha"])
+    return jacobian_bound(X, *(attention.parameters[k].data for k in ("W_QK", "W_V", "alpha")))
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "correlated", "nearly equal", "MNIST"])

@@ -66,8 +66,9 @@ def clip(grads, largest):
     if not largest >= 0:
         raise ValueError(f"largest must be 0 or more, got {largest}")
     xp, size = array_module(grads), abs(grads).max()
-    unit = grads / xp.where(size > 0, size, 1)  # whose squares do not overflow
-    norm = size * xp.sqrt((unit * unit).sum())
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are answers
+        unit = grads / xp.where(size > 0, size, 1)  # whose squares do not overflow
+        norm = size * xp.sqrt((unit * unit).sum())
     if xp is np and not math.isfinite(norm):
         raise FloatingPointError("the norm of the gradients is NaN or Inf")
     grads *= xp.where(norm < math.inf, xp.minimum(1, largest / (norm + 1e-12)), math.nan)
@@ -148,6 +149,13 @@ def retract(W, steps=2):
     return W
 
 
+def orthogonal(W):
+    """Whether W (..., n, m) has nearly orthonormal columns or rows, so that `retract` converges."""
+    Wt = W.swapaxes(-1, -2)
+    G = product(Wt, W) if _tall(W) else product(W, Wt)
+    return bool(abs(G - array_module(W).eye(G.shape[-1], dtype=W.dtype)).max() < 0.1)
+
+
 class Muon:
     """Momentum whose update is orthogonalised, kept on the (semi-)orthogonal matrices.
 
@@ -162,7 +170,7 @@ class Muon:
         for name, p in parameters.items():
             if p.ndim < 2 or not p.size:
                 raise ValueError(f"Muon takes matrices (..., n, m), {name} has shape {p.shape}")
-            if retraction and not abs(retract(p.data, steps=1) - p.data).max() < 0.1:
+            if retraction and not orthogonal(p.data):
                 raise ValueError(f"Muon keeps weights orthogonal, and {name} does not begin so")
         for shape in dict.fromkeys(p.shape[-2:] for p in parameters.values()):
             group = {k: p for k, p in parameters.items() if p.shape[-2:] == shape}
@@ -192,7 +200,7 @@ def assign(config, parameters):
     """
     groups, muon = {"alpha": {}, "matrices": {}, "rest": {}}, config.optimizer == "muon"
     for k, p in parameters.items():
-        matrix = muon and k.startswith("layers.") and p.ndim > 1
+        matrix = muon and k.startswith("layers.") and p.ndim > 1 and orthogonal(p.data)
         kind = "alpha" if k.endswith(".alpha") else "matrices" if matrix else "rest"
         groups[kind][k] = p
     rest = AdamW(groups["rest"], weight_decay=config.weight_decay)
