@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import pytest
 
-import checkpoint
 import osa_minimal
 
 torch = pytest.importorskip("torch")
