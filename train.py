@@ -34,7 +34,6 @@ from training.optimizers import assign, clip, flatten, schedule
 from training.ranks import Ranks
 from training.threads import in_threads
 
-
 MIXERS = *relatives.ATTENTION, *relatives.LAYERS
 
 
