@@ -1,5 +1,5 @@
 """The way out: the trained network as a PyTorch module; osa_torch.py lies beside this file.
-train.py --eval runs/NAME/checkpoint.npz --export model.safetensors    writes the file;
+train.py --eval runs/NAME --export model.safetensors    writes the file;
 model = SkiplessTransformer("model.safetensors")                       reads it;
 logits = model((images / 255 - model.mean) / model.std)                images (B, H, H), 0 … 255
 """

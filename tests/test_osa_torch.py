@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoint
 import numpy as np
 import pytest
 
 import osa_minimal
+from training import checkpoint
 
 torch = pytest.importorskip("torch")
 EXAMPLES = Path(osa_minimal.__file__).parent / "examples"
@@ -348,13 +348,13 @@ def trained(model, data, out, processes):
 
 
 def test_one_process_and_two_give_the_same_weights(rng, tmp_path):
-    sizes = dict(d=8, heads=2, depth=2, patch=3, image=12, classes=5, mlp_ratio=2)
+    sizes = dict(d=8, heads=2, depth=2, patch=3, image=(12, 12), classes=5, mlp_ratio=2)
     ours = osa_minimal.SkiplessTransformer(**sizes, eta=0.3, rng=rng, dtype=np.float64)
     about = {**sizes, "attention": "osa", "skip": False, "norm": False, "mean": 0.5, "std": 0.3,
              "slope": ours.layers[0][1].slope}  # fmt: skip
     model, data = tmp_path / "m.safetensors", tmp_path / "d.npz"
     before = {k: p.data for k, p in ours.parameters.items()}
-    checkpoint.export_safetensors(model, before, {k: str(v) for k, v in about.items()})
+    checkpoint.export(model, before, {k: str(v) for k, v in about.items()})
     images = rng.integers(0, 256, (150, 12, 12), dtype=np.uint8)
     labels = rng.integers(0, 5, 150, dtype=np.uint8)
     np.savez(data, x_train=images[:100], y_train=labels[:100], x_test=images, y_test=labels)
