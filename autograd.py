@@ -96,6 +96,8 @@ class Tensor:
             raise TypeError("a Tensor cannot wrap a Tensor")
         self.data = data if hasattr(data, "dtype") and hasattr(data, "ndim") else np.asarray(data)
         array_module(self.data)  # TypeError for what is no array
+        if self.data.dtype.kind not in "biufc":
+            raise TypeError(f"a tensor is an array of numbers, got {self.data.dtype}")
         if requires_grad and self.data.dtype.kind != "f":
             raise TypeError(f"only floating-point tensors have gradients, got {self.data.dtype}")
         self.grad = None
@@ -255,7 +257,6 @@ def _values(*tensors):
 
 def _elementwise(out, parents, *vjps):
     """Records an operation with broadcasting: one VJP per parent, in argument order."""
-
     return record(out, parents, lambda g: [
         unbroadcast(vjp(g), p.shape) if p.requires_grad else None for p, vjp in zip(parents, vjps)
     ])  # fmt: skip
@@ -367,7 +368,8 @@ def sum(a, axis=None, keepdims=False, mean=False):
 
 def mean(a, axis=None, keepdims=False):
     """The mean over `axis`."""
-    if not math.prod(a.shape):
+    (a,) = _tensors(a)
+    if not a.size:
         raise ValueError(f"no mean of an empty tensor, shape {a.shape}")
     return sum(a, axis, keepdims, mean=True)
 

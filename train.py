@@ -34,13 +34,15 @@ from training.optimizers import assign, clip, flatten, schedule
 from training.ranks import Ranks
 from training.threads import in_threads
 
+MIXERS = *relatives.ATTENTION, *relatives.LAYERS
+
 
 @dataclasses.dataclass
 class Config:
     """What determines the weights, with data, threads, ranks, --graph; the defaults are "mnist"."""
 
     preset: str = option("mnist", "mnist, tiny or pixels", choices=("mnist", "tiny", "pixels"))
-    attention: str = option("osa", "what mixes tokens", choices=tuple(relatives.ATTENTION))
+    attention: str = option("osa", "what mixes tokens", choices=MIXERS)
     operator: str = option("fast", "of osa: fast/, or osa_minimal.py", choices=("fast", "paper"))
     skip: bool = option(False, "skip connections")
     norm: bool = option(False, "layer normalisation")
@@ -74,12 +76,13 @@ PRESETS = {
 
 def build(config, image, classes, xp=np):
     """The model of a configuration, drawn from its seed."""
-    attention = relatives.ATTENTION[config.attention]
     if config.attention == "osa" and config.operator == "paper":
         attention = osa_minimal.MultiHeadOSA
-    if config.attention in relatives.LAYERS:  # some have weights for a number of tokens
+    elif config.attention in relatives.LAYERS:  # some have weights for a number of tokens
         tokens = image[0] * image[1] // config.patch**2
-        attention = functools.partial(attention, tokens=tokens)
+        attention = functools.partial(relatives.LAYERS[config.attention], tokens=tokens)
+    else:
+        attention = relatives.ATTENTION[config.attention]
     return relatives.Transformer(
         d=config.width, heads=config.heads, depth=config.depth, patch=config.patch, image=image,
         classes=classes, mlp_ratio=config.mlp_ratio, eta=config.eta or None, attention=attention,
@@ -111,7 +114,7 @@ class Run:
         self.threads = min(threads, self.batches.size // self.ranks.size)
         models = [build(config, x.shape[1:], dataset.classes, xp) for _ in range(self.threads)]
         self.model, self.measures = models[0], "layers.0.alpha" in models[0].parameters
-        images, _ = self.batches.images(*self.batches.choose(0))
+        images, _ = self.batches.images(*self.batches.choose(0, whole=True))
         osa_minimal.calibrate(self.model, self.standardise(images), config.s_norm)
 
         self.parameters, self.updates = assign(config, self.model.parameters)
@@ -162,6 +165,8 @@ def main(arguments=None):
 def work(ranks, config, args, given):
     """What the command line asks for, in one of several processes; returns the exit status."""
     keep_freed_memory()
+    if args.graph and ranks.size > 1:
+        raise UserError("--graph: the gradients of several ranks are not summed in a CUDA graph")
     if args.export:
         folder.check_export(args.export)
     progress, arrays, statistics = resume.Progress(), None, None
@@ -201,9 +206,9 @@ def in_folder(run, progress, args, device):
             for t in stop.steps(progress.step, last):
                 run.step(t)
         return 0
-    progress.threads, progress.log_every = run.threads, args.log_every or progress.log_every
+    progress.threads, progress.log_every = run.threads, args.log_every or progress.log_every or 50
     progress.digest, progress.statistics = run.digest, list(run.statistics)
-    progress.image, progress.classes = list(run.x_val.shape[1:]), len(run.parameters["b_C"].data)
+    progress.image, progress.classes = [*run.x_val.shape[1:], 1][:3], run.dataset.classes
     where = folder.old(args.resume) if args.resume else folder.new(args.out, run.config.preset)
     with folder.in_use(where, new=not args.resume), resume.Stop(run.ranks) as stop:
         repeat = report.begin(run, progress, where, device, args)

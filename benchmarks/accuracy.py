@@ -21,16 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # many small matrices
 
 import numpy as np  # noqa: E402
-from machine import about  # noqa: E402
 
-from osa_minimal import (  # noqa: E402
-    ROUTES,
-    attention_matrix,
-    osa_backward,
-    osa_forward,
-    rotation_angles,
-    skew_scores,
-)
+from fast import ROUTES, attention_matrix, osa_backward, osa_forward  # noqa: E402
+from osa_minimal import rotation_angles, skew_scores  # noqa: E402
+from training.report import machine  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CANCELS = "K = Q + 1e-6 noise, norm of S = 1"
@@ -266,7 +260,7 @@ def main():
             {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows
         )
     text = json.dumps(
-        {"seed": args.seed, "missed": failed, **about()}, indent=2, ensure_ascii=False
+        {"seed": args.seed, "missed": failed, **machine()}, indent=2, ensure_ascii=False
     )
     (RESULTS / "accuracy.json").write_text(text + "\n", encoding="utf-8")
     draw()

@@ -10,7 +10,6 @@ CuPy's as well.  Writes results/gpu.json; without a card one line and exit statu
 """
 
 import argparse
-import contextlib
 import csv
 import gc
 import json
@@ -27,10 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from autograd import find_device  # noqa: E402
-from devices import product  # noqa: E402
-from osa_minimal import osa_backward, osa_forward, rotation_angles  # noqa: E402
-from products import tall_product  # noqa: E402
+from fast import osa_backward, osa_forward  # noqa: E402
+from fast.basis import tall_product  # noqa: E402
+from fast.gpu import find_device, product  # noqa: E402
+from osa_minimal import rotation_angles  # noqa: E402
 
 SHAPES = ((512, 49, 16), (4096, 49, 16), (64, 4096, 64), (16, 65536, 64))
 LENGTHS = tuple(2**k for k in range(12, 21))
@@ -244,26 +243,28 @@ def scaling(card, lengths=LENGTHS):
 def step(card, presets=(("mnist", []), ("wide", WIDE))):
     """A whole training step: forward, backward, clipping, Muon and AdamW."""
     import peers
-    from step import torch_step
+    from step import first_batch, stepping, torch_step
 
     import train
+    from training import data
+    from training.options import parse
 
-    results = {}
+    results, dataset = {}, data.load()
     for preset, options in presets:
         for attention in ("osa", "softmax"):
             card.free()
-            config, args, _ = train.parse(["--attention", attention, *options])
-            run = train.Run(config, args, card.xp, "benchmark")
-            images, labels = run.batch()
-            times = {"ours": card.seconds(run.train_step)}
-            row = {"kernel_launches": {"ours": card.launches(run.train_step)}}
+            arguments = ["--attention", attention, *options]
+            config, _, _ = parse(train.Config, train.PRESETS, arguments)
+            run = train.Run(config, dataset, card.xp)
+            images, labels = first_batch(run)
+            advance = stepping(run)
+            times = {"ours": card.seconds(advance)}
+            row = {"kernel_launches": {"ours": card.launches(advance)}}
             own = float(run.gradients(images, labels)[0])
             if card.on_gpu:
-                _, args, _ = train.parse(["--graph"])
-                with contextlib.suppress(train.UserError):  # a step that CuPy cannot record
-                    recorded = train.Run(config, args, card.xp, "benchmark")
-                    times["ours, CUDA graph"] = card.seconds(recorded.train_step)
-                    del recorded
+                recorded = stepping(train.Run(config, dataset, card.xp, graph=True))
+                times["ours, CUDA graph"] = card.seconds(recorded)
+                del recorded
             choices = peers.PEERS if attention == "osa" else {"fused softmax": peers.fused_softmax}
             for name, f in choices.items():
                 for how, mode in MODES.items():
@@ -283,7 +284,7 @@ def step(card, presets=(("mnist", []), ("wide", WIDE))):
             row["ours_over_best_pytorch"] = round(mine / best(times, rivals), 2)
             row["ours_over_best_eager"] = round(mine / best(times, eager), 2)
             if math.isfinite(mine):
-                row["images_per_second"] = round(run.batch_size / mine)
+                row["images_per_second"] = round(run.batches.size / mine)
             results[f"{preset}, {attention}"] = row
             print(preset, attention, json.dumps(row, indent=1), flush=True)
     return results
@@ -325,7 +326,7 @@ def main():
     print(device, flush=True)
     if args.check:
         return 0
-    from machine import about
+    from training.report import machine
 
     card = Card(xp)
     path = RESULTS / "gpu.json"
@@ -344,7 +345,7 @@ def main():
         result[name] = parts[name]()
         print(name, json.dumps(result[name], indent=1), flush=True)
         # Written after each part: a card may be lost in the middle.
-        text = json.dumps({**result, **about(), **card.about()}, indent=1, ensure_ascii=False)
+        text = json.dumps({**result, **machine(), **card.about()}, indent=1, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
     return 0
 

@@ -2,9 +2,9 @@
 
     python benchmarks/parts.py [--repeats 5]
 
-The operator, forward + backward, float32, Gaussian tokens with ‖S‖₂ = 1, at the shapes of speed.py; then
-a training step of two presets.  All ways of a row take turns in one process, medians, one thread, but
-for the rows that say otherwise.
+The operator, forward + backward, float32, Gaussian tokens with ‖S‖₂ = 1, at the shapes of speed.py;
+then a training step of two presets.  All ways of a row take turns in one process, medians, one
+thread where nothing else is said.
 """
 
 import argparse
@@ -85,7 +85,9 @@ def main():
         results[f"step, {name}"] = step(arguments, args.repeats)
     row = results["other settings, fast, auto " + str(SHAPES[1])] = {}
     for name, kind, threads in (
-        ("one thread", "same", 1), ("two threads", "same", 2), ("freed memory returned", "pages", 1),
+        ("one thread", "same", 1),
+        ("two threads", "same", 2),
+        ("one thread, freed memory returned", "pages", 1),
     ):  # fmt: skip
         command = [sys.executable, __file__, "--again", kind, "--repeats", str(4 * args.repeats)]
         done = subprocess.run(command, env={**os.environ, "OSA_THREADS": str(threads)}, check=True,

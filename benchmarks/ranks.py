@@ -1,4 +1,4 @@
-"""A training step on one rank and on several, and the model of README against it.
+"""A training step on one rank and on several, and the model of SCALE.md against it.
 
     python benchmarks/ranks.py [--ranks 2]
 
@@ -6,7 +6,7 @@ Starts itself under mpiexec, one thread per rank, with 1 and with K ranks in tur
 step by step, the gradients, their sum over the ranks (after a barrier, so without waiting for the
 slower one) and the update, then whole steps without logging; medians over 55 steps, then over 3
 turns.  Writes results/ranks.json, with the speed-up by the model T(K) = c/K + f + sum; the sum is
-the measured one for the K measured, and README's formula for machines over Ethernet.
+the measured one for the K measured, and SCALE.md's formula for machines over Ethernet.
 """
 
 import argparse
@@ -29,15 +29,29 @@ NETWORKS = {"10 gigabit": (1.25e9, 30e-6), "1 gigabit": (1.25e8, 60e-6)}
 
 def child():
     """One rank: prints, from the first, the median milliseconds of the parts of a step."""
-    import autograd as ag
-    import machines
     import train
+    from fast.threads import keep_freed_memory
+    from training import data
+    from training.optimizers import clip
+    from training.ranks import Ranks
 
-    ag.keep_freed_memory()
-    ranks = machines.Ranks()
-    config, args, _ = train.parse(["--threads", "1"])
-    run = train.Run(config, args, ag.find_device("cpu")[0], "cpu", ranks=ranks)
+    keep_freed_memory()
+    ranks = Ranks()
+    run = train.Run(train.Config(), data.load(), ranks=ranks)
     parts = {"gradients": [], "sum": [], "update": [], "step": []}
+
+    def gradients(t):
+        images, labels = run.batches.images(*run.batches.choose(t))
+        run.grads[...] = 0
+        loss, right = train.gradients(run.model, run.standardise(images), labels)
+        share = len(labels) / run.batches.size
+        run.grads[...] *= share
+        return loss * share, right
+
+    def update(t):
+        clip(run.grads, run.config.clip)
+        for optimizer, part, rate in run.updates:
+            optimizer.step(run.weights[part], run.grads[part], rate, t + 1)
 
     def timed(name, f, *arguments):
         start = time.perf_counter()
@@ -45,15 +59,16 @@ def child():
         parts[name].append(time.perf_counter() - start)
         return result
 
-    for _ in range(STEPS):
-        loss, right = timed("gradients", lambda: run.gradients(*run.batch(ranks.rank, ranks.size)))
-        if ranks.comm:
+    for t in range(STEPS):
+        values = timed("gradients", gradients, t)
+        if ranks.size == 1:
+            parts["sum"].append(0.0)
+        else:
             ranks.comm.Barrier()
-        timed("sum", ranks.sum_gradients, run.gradient[0], loss, right)
-        timed("update", run.update, 1.0, run.step + 1)
-        run.step += 1
-    for _ in range(STEPS):
-        timed("step", run.train_step)
+            timed("sum", ranks.sum_up, run.grads, *values)
+        timed("update", update, t)
+    for t in range(STEPS, 2 * STEPS):
+        timed("step", run.step, t)
     print(json.dumps({k: 1e3 * statistics.median(v[5:]) for k, v in parts.items()}), flush=True)
 
 
@@ -65,7 +80,7 @@ def measure(ranks):
 
 
 def model(one, parameters, ranks, network):
-    """Milliseconds of a step on `ranks` machines, by the formula of README."""
+    """Milliseconds of a step on `ranks` machines, by the formula of SCALE.md."""
     bandwidth, latency = network
     rounds = (ranks - 1).bit_length()
     exchange = 2 * (ranks - 1) / ranks * 4 * parameters / bandwidth + 2 * rounds * latency
@@ -73,7 +88,7 @@ def model(one, parameters, ranks, network):
 
 
 def main():
-    from machine import about
+    from training.report import machine
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,7 +112,7 @@ def main():
             name: {k: round(one["step"] / model(one, 202_706, k, network), 2) for k in (2, 4, 8)}
             for name, network in NETWORKS.items()
         },
-        **about(),
+        **machine(),
     }
     text = json.dumps(result, indent=1)
     print(text)

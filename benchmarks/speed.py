@@ -43,9 +43,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from autograd import batch_parts, keep_freed_memory, parallel  # noqa: E402
-from baselines import softmax_backward, softmax_forward  # noqa: E402
-from osa_minimal import osa_backward, osa_forward, rotation_angles  # noqa: E402
+import fast  # noqa: E402
+import osa_minimal  # noqa: E402
+from fast.threads import batch_parts, keep_freed_memory, parallel  # noqa: E402
+from relatives.softmax import softmax_backward, softmax_forward  # noqa: E402
 
 
 def median_times(competitors, repeats, budget=20.0):
@@ -72,15 +73,17 @@ def inputs(b, N, d_v, seed=0):
     rng = np.random.default_rng(seed)
     Q, K, V, dO = (rng.standard_normal((b, N, d_v)).astype(np.float32) for _ in range(4))
     some = slice(4), slice(2**18)  # ‖S‖₂ grows with N
-    norm = rotation_angles(Q[some], K[some], 1.0).max() * max(1, N / 2**18)
+    norm = osa_minimal.rotation_angles(Q[some], K[some], 1.0).max() * max(1, N / 2**18)
     return Q, K, V, dO, NORM / float(norm)
 
 
 def ours(Q, K, V, dO, alpha, route):
-    def f():
-        osa_backward(dO, osa_forward(Q, K, V, alpha, route)[1])
+    return lambda: fast.osa_backward(dO, fast.osa_forward(Q, K, V, alpha, route)[1])
 
-    return f
+
+def paper(Q, K, V, dO, alpha):
+    """The operator of osa_minimal.py; its batch is not divided among threads."""
+    return lambda: osa_minimal.osa_backward(dO, osa_minimal.osa_forward(Q, K, V, alpha)[1])
 
 
 def floor(Q, K, V, dO):
@@ -121,7 +124,7 @@ def torch_peer(f, Q, K, V, dO, alpha):
 
 
 def operator():
-    """Milliseconds of every route and peer at the four shapes."""
+    """Milliseconds of our routes, of the paper's lines and of every peer at the four shapes."""
     import peers
     import torch
 
@@ -133,6 +136,7 @@ def operator():
         competitors = {
             f"ours, {route}": ours(Q, K, V, dO, alpha, route) for route in ("auto", "qr")
         }
+        competitors["paper"] = paper(Q, K, V, dO, alpha)
         competitors["floor"] = floor(Q, K, V, dO)
         if N <= 784:
             competitors["our softmax"] = lambda F=F, dO=dO: softmax_backward(
@@ -147,6 +151,7 @@ def operator():
         row = {
             "shape": [b, N, d_v], "milliseconds": {k: round(t, 2) for k, t in times.items()},
             "best_peer_over_ours": round(best / times["ours, auto"], 2),
+            "paper_over_ours": round(times["paper"] / times["ours, auto"], 2),
             "floor_gflops": round(operations(b, N, d_v) / times["floor"] / 1e6, 1),
             "ours_over_floor": round(times["ours, auto"] / times["floor"], 2),
             "fused_softmax_over_ours": round(times["fused softmax"] / times["ours, auto"], 2),
@@ -265,7 +270,7 @@ def draw(result, path):
 
 
 def main():
-    from machine import about
+    from training.report import machine
 
     keep_freed_memory()
     path = RESULTS / "speed.json"
@@ -280,7 +285,7 @@ def main():
     for name in args.only.split(","):
         result[name] = parts[name]()
         print(name, json.dumps(result[name], indent=1), flush=True)
-    result |= {"threads": args.threads, **about()}
+    result |= {"threads": args.threads, **machine()}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if {"operator", "crossing", "scaling"} <= set(result):

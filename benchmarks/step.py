@@ -4,8 +4,8 @@ The PyTorch side is the same model with the same optimisers in eager mode, writt
 there: its own autograd, its attention one of `peers`.
 """
 
+import itertools
 import math
-import os
 import time
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional
 import train
 from autograd import to_cpu
 from osa_minimal import patchify
+from training import data
 
 
 class TorchModel:
@@ -43,7 +44,7 @@ class TorchModel:
 
 
 class TorchMuon:
-    """`optimizers.Muon`: matrices of one shape as one batch."""
+    """`Muon` of training/optimizers.py: matrices of one shape as one batch."""
 
     def __init__(self, parameters):
         self.groups = {}
@@ -102,36 +103,53 @@ def torch_step(run, attention, images, labels, mode=None):
     return step
 
 
+def first_batch(run):
+    """Images, standardised, and labels of the first step."""
+    images, labels = run.batches.images(*run.batches.choose(0))
+    return run.standardise(images), labels
+
+
+def stepping(run):
+    """One training step after the other, as a function without arguments."""
+    t = itertools.count()
+    return lambda: run.step(next(t))
+
+
 def step(threads, repeats):
     """Milliseconds per step; ours runs with one BLAS thread in each of its threads."""
     from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(threads)
-    results = {}
+    results, dataset = {}, data.load()
     for attention in ("osa", "softmax"):
-        config, args, _ = train.parse(["--attention", attention, "--threads", str(threads)])
-        run = train.Run(config, args, np, "cpu")
-        images, labels = run.batch()
-        competitors = {"ours": run.train_step}
+        run = train.Run(train.Config(attention=attention), dataset, threads=threads)
+        images, labels = first_batch(run)
+        competitors = {"ours": stepping(run)}
+        if attention == "osa":
+            paper = train.Run(train.Config(operator="paper"), dataset, threads=threads)
+            competitors["ours, --operator paper"] = stepping(paper)
         choices = peers.PEERS if attention == "osa" else {"fused softmax": peers.fused_softmax}
         for name, f in choices.items():
             competitors[f"PyTorch, {name}"] = torch_step(run, f, images, labels)
-        first = {name: float(f()) for name, f in competitors.items() if name != "ours"}
+        rivals = [name for name in competitors if not name.startswith("ours")]
+        first = {name: float(competitors[name]()) for name in rivals}
         own = float(run.gradients(images, labels)[0])
         assert all(abs(loss - own) < 1e-3 * own for loss in first.values()), (own, first)
         times = {}
         for name, f in competitors.items():
-            if name == "ours":
+            if name not in rivals:
                 with threadpool_limits(1, user_api="blas"):
                     times[name] = _median(f, 3 * repeats)
             else:
                 times[name] = _median(f, repeats)
-        best = min(t for name, t in times.items() if name != "ours")
+        best = min(times[name] for name in rivals)
         results[attention] = {
             "milliseconds": {k: round(1e3 * t, 1) for k, t in times.items()},
             "ours_over_best_pytorch": round(times["ours"] / best, 2),
         }
-        run.pool.shutdown()
+        if attention == "osa":
+            ratio = times["ours, --operator paper"] / times["ours"]
+            results[attention]["paper_over_ours"] = round(ratio, 2)
     return results
 
 
@@ -142,7 +160,3 @@ def _median(f, repeats):
         f()
         times.append(time.perf_counter() - start)
     return float(np.median(times[2:]))
-
-
-if __name__ == "__main__":
-    print(step(os.cpu_count(), 5))

@@ -1,13 +1,14 @@
-"""The way out: the trained network as a PyTorch module of its own, without this repository.
-train.py --eval runs/NAME/checkpoint.npz --export model.safetensors    writes the file;
+"""The way out: the trained network as a PyTorch module; osa_torch.py lies beside this file.
+train.py --eval runs/NAME --export model.safetensors    writes the file;
 model = SkiplessTransformer("model.safetensors")                       reads it;
 logits = model((images / 255 - model.mean) / model.std)                images (B, H, H), 0 … 255
 """
 
 import math
 
+from osa_torch import osa
 from safetensors import safe_open
-from torch import linalg, nn
+from torch import nn
 from torch.nn.functional import leaky_relu
 
 
@@ -24,12 +25,10 @@ class Layer(Weights):
     """X ← MLP(M-OSA(X)), X (B, N, d): no skip connection, no normalisation."""
 
     def forward(self, X, slope):
-        h, d, r = self.W_QK.shape
+        h, d, _ = self.W_QK.shape
         Q, K = (X[:, None] @ self.W_QK).chunk(2, dim=-1)  # (B, h, N, d_v) each
         V = (X @ self.W_V).unflatten(-1, (h, d // h)).transpose(1, 2)
-        QKt = self.alpha / math.sqrt(r / 2) * (Q @ K.mT)
-        O = linalg.matrix_exp(QKt - QKt.mT) @ V  # the definition: N × N, cheap for few tokens
-        X = O.transpose(1, 2).flatten(2) @ self.W_O
+        X = osa(Q, K, V, self.alpha).transpose(1, 2).flatten(2) @ self.W_O
         gain = math.sqrt(2 * self.W_1.shape[1] / d / (1 + slope**2))
         return gain * leaky_relu(X @ self.W_1 + self.b_1, slope) @ self.W_2 + self.b_2
 

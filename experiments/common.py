@@ -9,7 +9,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,38 +32,40 @@ def train_once(options):
     """
     import numpy as np
 
-    import autograd as ag
     import train
+    from fast.threads import keep_freed_memory
+    from training import data, report
+    from training.options import parse
 
-    ag.keep_freed_memory()
+    keep_freed_memory()
     options = dict(options)
     steps, _ = options.pop("steps", None), options.pop("arm", None)
     arguments = ["--threads", "1"]
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
         arguments += [option] if value is True else [] if value is False else [option, str(value)]
-    config, args, _ = train.parse(arguments)
-    run = train.Run(config, args, np, "cpu")
+    config, args, _ = parse(train.Config, train.PRESETS, arguments)
+    run = train.Run(config, data.load(args.data))
     run.steps = steps or run.steps
     start, losses, largest = time.process_time(), [], 0.0
-    count = sum(p.size for p in run.parameters.values())
-    outcome = {name: math.nan for name in OUTCOME} | {"parameters": count}
+    outcome = {name: math.nan for name in OUTCOME} | {"parameters": run.weights.size}
     with np.errstate(all="ignore"):
         try:
-            for i in range(run.steps):
-                losses.append(float(run.train_step()[0]))
+            for t in range(run.steps):
+                losses.append(float(run.step(t)[0]))
                 if not math.isfinite(losses[-1]):
                     return outcome | {"max_s": largest}
-                if (i + 1) % 25 == 0:
+                if (t + 1) % 25 == 0:
                     some = run.standardise(run.x_val[:16])
-                    largest = max(largest, train.probe(run.model, some)[0])
+                    largest = max(largest, report.probe(run.model, some)[0])
         except FloatingPointError:
             return outcome | {"max_s": math.inf}
     seconds = time.process_time() - start
-    validation = train.accuracy(run.model, run.x_val, run.y_val, run.standardise)[0]
-    test = train.accuracy(run.model, run.x_test, run.y_test, run.standardise)[0]
+    validation = report.accuracy(run.model, run.x_val, run.y_val, run.standardise)[0]
+    held_out = run.dataset.x_test, run.dataset.y_test
+    test = report.accuracy(run.model, *held_out, run.standardise)[0]
     tail = losses[-50:]
-    values = validation, test, sum(tail) / len(tail), largest, count, round(seconds, 1)
+    values = validation, test, sum(tail) / len(tail), largest, run.weights.size, round(seconds, 1)
     return dict(zip(OUTCOME, values))
 
 
@@ -88,9 +89,11 @@ def run_all(path, jobs, processes):
             print(f"{i}/{len(todo)}", *(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
             write(path, done.values(), [*names, *OUTCOME])
     if todo:
+        from training.report import machine
+
         file = path.with_name("about.json")
         notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        text = json.dumps(notes | {path.name: about()}, indent=1)
+        text = json.dumps(notes | {path.name: machine()}, indent=1)
         file.write_text(text + "\n", encoding="utf-8")
     return [done[key(job, names)] for job in jobs]
 
@@ -129,21 +132,3 @@ def write(path, rows, names):
         writer.writeheader()
         writer.writerows(rows)
     os.replace(path.with_suffix(".tmp"), path)
-
-
-def about():
-    """Command, date, machine, versions and commit, for the results' JSON."""
-    import numpy as np
-
-    from report import cpu_model
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": f"{cpu_model()}, {os.cpu_count()} cores",
-        "numpy": np.__version__,
-        "commit": commit or None,
-    }

@@ -108,8 +108,10 @@ def main():
     folder = common.ROOT / "runs" / "quick" if args.quick else common.RESULTS
     result = folder / "comparison.json"
     if not args.draw:
+        from training.report import machine
+
         rows = experiment(folder / "comparison.csv", args.processes, args.quick)
-        text = json.dumps(summarise(rows) | {"about": common.about()}, indent=1)
+        text = json.dumps(summarise(rows) | {"about": machine()}, indent=1)
         result.write_text(text + "\n", encoding="utf-8")
     draw(json.loads(result.read_text(encoding="utf-8")), folder / "comparison.png")
 

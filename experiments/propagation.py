@@ -40,17 +40,17 @@ def build(attention, usual, ratio, depth):
     """The network, calibrated for ‖S‖₂ = 0.05, and its images."""
     import numpy as np
 
-    import data
-    import train
-    from baselines import Transformer
+    from osa_minimal import calibrate
+    from relatives import ATTENTION, Transformer
+    from training import data
 
     x = data.load().x_train[:64]
     images = data.standardise(x, *data.statistics(x))
     model = Transformer(
-        attention=attention, skip=usual, norm=usual, d=64, heads=2, depth=depth, patch=7, image=28,
-        classes=10, mlp_ratio=ratio, eta=0.5, rng=np.random.default_rng(0),
+        attention=ATTENTION[attention], skip=usual, norm=usual, d=64, heads=2, depth=depth, patch=7,
+        image=(28, 28), classes=10, mlp_ratio=ratio, eta=0.5, rng=np.random.default_rng(0),
     )  # fmt: skip
-    train.calibrate(model, images[:16], 0.05)
+    calibrate(model, images[:16], 0.05)
     return model, images
 
 
@@ -67,35 +67,39 @@ def token_statistics(X):
     return float(cosine.mean()), float(rank.mean())
 
 
+def largest_s(attention, X):
+    """‖S‖₂ of a layer on the tokens X; NaN for an attention that has none."""
+    import numpy as np
+
+    from osa_minimal import rotation_angles
+
+    if "alpha" not in attention.parameters:
+        return math.nan
+    Q, K, _ = np.split(attention.project(X).data, 3, axis=-1)
+    return float(rotation_angles(Q, K, attention.parameters["alpha"].data).max())
+
+
 def signals(model, images):
     """Per layer: token statistics, ‖S‖₂, and gradients of ⟨G, last tokens⟩ for one random G."""
     import numpy as np
 
-    import train
-    from autograd import Tensor
-    from osa_minimal import rotation_angles
+    from autograd import Tensor, no_grad
 
-    X, inputs = model.embed(images), []
-    for parts in model.layers:
-        X = Tensor(X.data, requires_grad=True) if not inputs else X
-        inputs.append(X)
-        X = model.layer(X, *parts)
-    tokens = [*inputs[1:], X]
-    S = [
-        float(rotation_angles(Q, K, a.parameters["alpha"].data).max())
-        for a, Q, K in train.attention_inputs(model, images[:16])
-    ] or [math.nan] * len(inputs)
+    with no_grad():
+        tokens = [model.embed(images).data]  # the input of each layer, and the last output
+        for attention, mlp in model.layers:
+            tokens.append(mlp(attention(Tensor(tokens[-1]))).data)
     # Backwards one layer at a time, so that the gradient of every layer's input is at hand.
-    G = np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
+    G = np.random.default_rng(1).standard_normal(tokens[-1].shape).astype(np.float32)
     first, rows = np.linalg.norm(G), []
-    for i in range(len(inputs) - 1, -1, -1):
-        leaf = Tensor(inputs[i].data, requires_grad=True)
-        model.layer(leaf, *model.layers[i]).backward(G)
-        G = leaf.grad
-        W = model.layers[i][0].parameters.get("W_QK")
-        rows.append((*token_statistics(tokens[i].data), S[i], float(np.linalg.norm(G) / first),
+    for i, (attention, mlp) in reversed(list(enumerate(model.layers))):
+        X = Tensor(tokens[i], requires_grad=True)
+        mlp(attention(X)).backward(G)
+        G, W = X.grad, attention.parameters.get("W_QK")
+        rows.append((*token_statistics(tokens[i + 1]), largest_s(attention, Tensor(tokens[i][:16])),
+                     float(np.linalg.norm(G) / first),
                      float(np.linalg.norm(W.grad)) if W is not None else math.nan))  # fmt: skip
-        for part in model.layers[i]:
+        for part in (attention, mlp):
             for p in part.parameters.values():
                 p.grad = None
     return rows[::-1]
@@ -111,8 +115,8 @@ def singular_values(model, image, depth, chunk=64):
     n, rows = start.size, []
     for i in range(0, n, chunk):
         leaf = X = Tensor(np.repeat(start, chunk, axis=0), requires_grad=True)
-        for parts in model.layers[:depth]:
-            X = model.layer(X, *parts)
+        for attention, mlp in model.layers[:depth]:
+            X = mlp(attention(X))
         G = np.zeros((chunk, n), np.float32)
         G[np.arange(chunk), i + np.arange(chunk)] = 1
         X.backward(G.reshape(X.shape))

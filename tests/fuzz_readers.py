@@ -7,6 +7,7 @@ takes no more memory than a few times the file.  A short form runs among the tes
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 import pickle
@@ -21,14 +22,15 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint  # noqa: E402
-import report  # noqa: E402
+import test_data  # noqa: E402
 
-import data  # noqa: E402
 import train  # noqa: E402
+from training import checkpoint, data, report, resume  # noqa: E402
+from training.options import UserError  # noqa: E402
 
 MEMORY = 8 * 2**20  # bytes; the files themselves are of some 10 kB
 EXTREME = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1]
@@ -103,25 +105,17 @@ def regzipped(raw, rng):
     return gzip.compress(mutated(gzip.decompress(raw), rng), 1)
 
 
+def resummed(raw, rng):
+    """The checkpoint with its record damaged and the checksum right."""
+    arrays = safetensors.numpy.load(raw)
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    record = header["__metadata__"]["crc32, meta"].partition(" ")[2].encode()
+    record = mutated(record, rng).decode("utf-8", "replace")
+    about = {"crc32, meta": f"{checkpoint.checksum(arrays, record)} {record}"}
+    return safetensors.numpy.save(arrays, about)
+
+
 # ------------------------------------------------------------------------------------ the readers
-
-
-def good_arrays():
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, n in (("train", 12), ("test", 5)):
-        arrays[f"x_{part}"] = rng.integers(0, 256, (n, 6, 6), dtype=np.uint8)
-        arrays[f"y_{part}"] = (np.arange(n) % 4).astype(np.uint8)
-    return arrays
-
-
-def good_idx(folder, end):
-    folder.mkdir()
-    opener = gzip.open if end else open
-    for key, a in good_arrays().items():
-        with opener(folder / (data.IDX[key] + end), "wb") as file:
-            file.write(struct.pack(f">{1 + a.ndim}I", 0x0800 | a.ndim, *a.shape) + a.tobytes())
-    return folder / (data.IDX["x_train"] + end)
 
 
 def read_data(path):
@@ -131,78 +125,94 @@ def read_data(path):
     assert len(dataset.x_train) == len(dataset.y_train)
 
 
+def read_folder(path):
+    read_data(path.parent)
+
+
 def read_checkpoint(path):
-    config, arrays, _ = train.load_checkpoint(path, {})
+    config, progress, arrays = resume.load(path, train.Config, {})
     assert isinstance(config, train.Config) and all(a.dtype.kind in "biuf" for a in arrays.values())
+    assert progress.step >= 0 and [type(v) for v in progress.sums] == [float] * 3
 
 
-def cases(folder):
-    """name: (good file, what reads it, ways to damage it)."""
-    np.savez(folder / "data.npz", **good_arrays())
-    np.savez_compressed(folder / "packed.npz", **good_arrays())
-    progress = {k: kind() for k, kind in train.PROGRESS.items()}
-    meta = {"config": train.dataclasses.asdict(train.Config()), "progress": progress, "data": None,
-            **train.LATER}  # fmt: skip
+def npz(compressed):
+    return lambda folder: test_data.write_npz(folder / "a.npz", test_data.small(), compressed)
+
+
+def idx(opener, end):
+    def write(folder):
+        folder = test_data.write_idx(folder / "idx", test_data.small(), opener, end)
+        return folder / (data.IDX["x_train"] + end)
+
+    return write
+
+
+def cifar(folder):
+    test_data.write_cifar(folder / "cifar")
+    return folder / "cifar" / data.CIFAR[0][1]
+
+
+def saved(folder):
+    meta = {"config": dataclasses.asdict(train.Config())}
+    meta["progress"] = dataclasses.asdict(resume.Progress())
     arrays = {"model.W": np.ones((3, 4), np.float32), "optimizer.m": np.zeros(5)}
-    checkpoint.save(folder / "checkpoint.npz", arrays, meta)
-    with open(folder / "metrics.csv", "w", encoding="utf-8") as file:
-        print(",".join(report.Log.COLUMNS), *(",".join(["1.5"] * 10) for _ in range(5)), sep="\n",
-              file=file)  # fmt: skip
-    plain, packed = good_idx(folder / "idx", ""), good_idx(folder / "gz", ".gz")
-    zips = [mutated, rezipped]
-    return {
-        "npz": (folder / "data.npz", read_data, zips),
-        "npz, compressed": (folder / "packed.npz", read_data, zips),
-        "IDX": (plain, lambda path: read_data(path.parent), [mutated]),
-        "IDX, gzip": (packed, lambda path: read_data(path.parent), [mutated, regzipped]),
-        "checkpoint": (folder / "checkpoint.npz", read_checkpoint, zips),
-        "metrics.csv": (folder / "metrics.csv", report.read_metrics, [mutated]),
-    }
+    checkpoint.save(folder / "checkpoint", arrays, meta)
+    return folder / "checkpoint"
 
 
-REFUSALS = (data.DataError, checkpoint.CheckpointError, train.UserError)
+def metrics(folder):
+    rows = [report.Log.COLUMNS] + 5 * [["1.5"] * 10]
+    (folder / "metrics.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    return folder / "metrics.csv"
 
 
-def fuzz(count, seed=0, only=None):
-    """{reader: Counter of what happened}; raises AssertionError at the first bad answer."""
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (path, read, ways) in cases(Path(folder)).items():
-            if only and name not in only:
-                continue
-            good, seen = path.read_bytes(), Counter()
-            read(path)
-            rng = random.Random(f"{seed} {name}")
-            warnings.simplefilter("error")
-            tracemalloc.start()
-            for i in range(count):
-                damaged = rng.choice(ways)(good, rng)
-                path.write_bytes(damaged)
-                tracemalloc.reset_peak()
-                start = tracemalloc.get_traced_memory()[0]
-                try:
-                    read(path)
-                    outcome = "read"
-                except REFUSALS as error:
-                    outcome = "refused"
-                    text = str(error)
-                    assert "\n" not in text and len(text) < 1000, (name, i, text[:300])
-                except BaseException:
-                    kept = Path(tempfile.gettempdir()) / f"fuzz-{name.replace(', ', '-')}-{i}"
-                    kept.write_bytes(damaged)
-                    print(f"{name}, file {i}: kept as {kept}", file=sys.stderr)
-                    raise
-                used = tracemalloc.get_traced_memory()[1] - start
-                assert used < MEMORY, (name, i, used)
-                seen[outcome] += 1
-                seen["peak kB"] = max(seen["peak kB"], used // 1024)
-            tracemalloc.stop()
-            path.write_bytes(good)
-            results[name] = seen
-    return results
+# What writes a good file, what reads it, ways to damage it.
+READERS = {
+    "npz": (npz(False), read_data, [mutated, rezipped]),
+    "npz, compressed": (npz(True), read_data, [mutated, rezipped]),
+    "IDX": (idx(open, ""), read_folder, [mutated]),
+    "IDX, gzip": (idx(gzip.open, ".gz"), read_folder, [mutated, regzipped]),
+    "CIFAR-10": (cifar, read_folder, [mutated]),
+    "checkpoint": (saved, read_checkpoint, [mutated, resummed]),
+    "metrics.csv": (metrics, report.read_metrics, [mutated]),
+}
+REFUSALS = (data.DataError, checkpoint.CheckpointError, UserError)
 
 
-READERS = ("npz", "npz, compressed", "IDX", "IDX, gzip", "checkpoint", "metrics.csv")
+def fuzz(reader, count, seed=0):
+    """Counter of what happened; raises AssertionError at the first bad answer."""
+    write, read, ways = READERS[reader]
+    rng, seen = random.Random(f"{seed} {reader}"), Counter()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        path = write(Path(folder))
+        good = path.read_bytes()
+        read(path)
+        warnings.simplefilter("error")
+        tracemalloc.start()
+        for i in range(count):
+            damaged = rng.choice(ways)(good, rng)
+            path.write_bytes(damaged)
+            tracemalloc.reset_peak()
+            start = tracemalloc.get_traced_memory()[0]
+            try:
+                read(path)
+                outcome = "read"
+            except REFUSALS as error:
+                outcome = "refused"
+                text = str(error)
+                assert "\n" not in text and len(text) < 1000, (reader, i, text[:300])
+            except BaseException:
+                kept = Path(tempfile.gettempdir()) / f"fuzz-{reader.replace(', ', '-')}-{i}"
+                kept.write_bytes(damaged)
+                print(f"{reader}, file {i}: kept as {kept}", file=sys.stderr)
+                raise
+            used = tracemalloc.get_traced_memory()[1] - start
+            assert used < MEMORY, (reader, i, used)
+            seen[outcome] += 1
+            seen["peak kB"] = max(seen["peak kB"], used // 1024)
+        tracemalloc.stop()
+    return seen
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -211,5 +221,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for reader in options.reader or READERS:
-        seen = fuzz(options.count, options.seed, [reader])[reader]
+        seen = fuzz(reader, options.count, options.seed)
         print(f"{reader:16}", json.dumps(seen), flush=True)

@@ -3,7 +3,7 @@
 Every second kill is at a random moment; the others are inside a save, which the run announces and
 draws out.  After each kill the newest checkpoint must load, and the run goes on with --resume;
 at the end its weights must equal, bit for bit, those of a run that nobody killed.  A run takes
-signals too: with --signal SIGINT or SIGTERM it must say so, and end with the same weights.
+signals too: with --signal SIGINT, SIGTERM or SIGHUP it must say so, and end with the same weights.
 A short form runs among the tests (test_faults.py).
 """
 
@@ -23,24 +23,28 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
+from training import checkpoint  # noqa: E402
 
+SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM", "SIGHUP")
 OPTIONS = """--preset tiny --width 16 --limit-data 50 --batch-size 10 --warmup 5 --log-every 2
 --threads 1 --device cpu --data""".split()
 
-# train.py whose saves are announced and take a while, so that a kill can fall into one.
+# train.py whose files are written in pieces, announced and slowly, so that a kill falls into one.
 SLOW = """
-import os, runpy, signal, sys, time
+import io, os, runpy, signal, time
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np, report
+from training import checkpoint, report
 
-def slowly(*arguments, write=np.lib.format.write_array, **options):
-    os.write(2, b".")
-    time.sleep(float(os.environ["PAUSE"]))
-    write(*arguments, **options)
+class Slow(io.FileIO):
+    def write(self, content):
+        for i in range(20):
+            ends = (len(content) * n // 20 for n in (i, i + 1))
+            super().write(content[slice(*ends)])
+            os.write(2, b".")
+            time.sleep(float(os.environ["PAUSE"]))
 
-np.lib.format.write_array, report.draw_curves = slowly, lambda *_: None
+checkpoint.open, report.draw_curves = Slow, lambda *_: None
 runpy.run_path("train.py", run_name="__main__")
 """
 
@@ -54,10 +58,7 @@ def begin(folder, epochs, pause=0.0):
             arrays[f"x_{part}"] = rng.integers(0, 256, (n, 14, 14), dtype=np.uint8)
             arrays[f"y_{part}"] = (np.arange(n) % 4).astype(np.uint8)
         np.savez(images, **arrays)
-    going = "--resume" if (folder / "checkpoint.npz").exists() else "--out"
-    if going == "--out":  # killed before its first save: begun anew
-        for path in folder.glob("*"):
-            path.unlink()
+    going = "--resume" if (folder / "checkpoint.safetensors").exists() else "--out"
     return subprocess.Popen(
         [sys.executable, "-c", SLOW, *OPTIONS, images, "--epochs", str(epochs), going, folder],
         cwd=ROOT, env={**os.environ, "PAUSE": str(pause), "OPENBLAS_NUM_THREADS": "1"},
@@ -72,7 +73,7 @@ def finish(folder, epochs):
 
 
 def weights(folder):
-    arrays, meta = checkpoint.load(folder / "checkpoint.npz")
+    arrays, meta = checkpoint.load(folder / "checkpoint.safetensors")
     return {k: a.tobytes() for k, a in arrays.items()}, meta["progress"]["step"]
 
 
@@ -94,7 +95,7 @@ def torment(count, epochs, signal_name="SIGKILL", seed=0, tell=lambda seen: None
             in_save = seen["kills"] % 2 == 1
             process = begin(torn, epochs, pause=0.02 if in_save else 0)
             if in_save:
-                for _ in range(rng.randrange(1, 60)):  # so many arrays are written, then
+                for _ in range(rng.randrange(1, 60)):  # so many pieces are written, then
                     process.stderr.read(1)
             else:
                 for _ in range(rng.randrange(1, 25)):  # lines of output, one for every other step
@@ -109,7 +110,7 @@ def torment(count, epochs, signal_name="SIGKILL", seed=0, tell=lambda seen: None
             assert b"Traceback" not in err, err
             seen["half files"] += len(list(torn.glob("*.tmp")))
             before, step = step % last, 0
-            if (torn / "checkpoint.npz").exists():
+            if (torn / "checkpoint.safetensors").exists():
                 step = weights(torn)[1]  # it loads
             assert step >= before, (before, step)  # nothing saved is lost
             tell(seen)
@@ -122,7 +123,7 @@ def torment(count, epochs, signal_name="SIGKILL", seed=0, tell=lambda seen: None
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("count", type=int, nargs="?", default=50)
-    parser.add_argument("--signal", default="SIGKILL", choices=["SIGKILL", "SIGINT", "SIGTERM"])
+    parser.add_argument("--signal", default="SIGKILL", choices=SIGNALS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print(torment(options.count, 12, options.signal, options.seed, print))

@@ -1,23 +1,37 @@
-"""optimizers.py: AdamW against a scalar loop, Muon's orthogonality, schedule, clipping."""
+"""training/optimizers.py: AdamW against a scalar loop, Muon's orthogonality, schedule, clipping."""
 
 import math
 
 import numpy as np
-import optimizers
 import pytest
 
 import autograd as ag
 from osa_minimal import random_orthogonal
+from training import optimizers
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (3, 8, 4), (5, 1)]
 
 
 def tensors(xp, arrays):
-    """{name: parameter} with zero gradients, copies of the arrays on the module `xp`."""
-    out = {k: ag.Tensor(xp.asarray(a.copy()), requires_grad=True) for k, a in arrays.items()}
-    for p in out.values():
-        p.grad = xp.zeros_like(p.data)
-    return out
+    """{name: parameter}, copies of the arrays on the module `xp`."""
+    return {k: ag.Tensor(xp.asarray(a.copy()), requires_grad=True) for k, a in arrays.items()}
+
+
+class Flat:
+    """Parameters whose weights lie in one array, as a run has them, and one optimiser's steps."""
+
+    def __init__(self, kind, xp, arrays, **kw):
+        self.xp, self.optimizer = xp, kind(tensors(xp, arrays), **kw)
+        self.parameters = self.optimizer.parameters
+        self.weights, self.grads = optimizers.flatten(self.parameters)
+
+    def step(self, grads, lr, t):
+        for k, p in self.parameters.items():
+            p.grad[...] = self.xp.asarray(grads[k])
+        self.optimizer.step(self.weights, self.grads, lr, t)
+
+    def __getitem__(self, name):
+        return ag.to_cpu(self.parameters[name].data)
 
 
 def off_orthogonal(W):
@@ -25,6 +39,13 @@ def off_orthogonal(W):
     W = ag.to_cpu(W).astype(np.float64)
     gram = W.swapaxes(-1, -2) @ W if W.shape[-2] >= W.shape[-1] else W @ W.swapaxes(-1, -2)
     return abs(gram - np.eye(gram.shape[-1])).max()
+
+
+def orthogonal(rng, shape, dtype):
+    """Orthogonal matrices (..., n, m)."""
+    count = math.prod(shape[:-2])
+    matrices = [random_orthogonal(*shape[-2:], rng, dtype) for _ in range(count)]
+    return np.stack(matrices).reshape(shape)
 
 
 def conditioned(rng, shape, largest):
@@ -51,27 +72,17 @@ def adamw_by_hand(w, grads, lr, b1, b2, eps, decay):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_is_the_scalar_loop(xp, rng, decay):
     start = {"a": rng.standard_normal((2, 3)), "b": rng.standard_normal(4)}
-    parameters = tensors(xp, start)
     grads = {k: rng.standard_normal((5, *w.shape)) for k, w in start.items()}
     grads["b"][:, 0] = 0  # a weight without a gradient
     rates = [0.1, 0.2, 0.05, 0.0, 0.3]
-    optimizer = optimizers.AdamW(parameters, betas=(0.8, 0.9), eps=1e-6, weight_decay=decay)
+    run = Flat(optimizers.AdamW, xp, start, betas=(0.8, 0.9), eps=1e-6, weight_decay=decay)
     for t, lr in enumerate(rates, start=1):
-        for k, p in parameters.items():
-            p.grad = xp.asarray(grads[k][t - 1])
-        optimizer.step(lr, t)
+        run.step({k: g[t - 1] for k, g in grads.items()}, lr, t)
     for k, w in start.items():
-        got = ag.to_cpu(parameters[k].data)
+        got = run[k]
         for i in np.ndindex(w.shape):
             wanted = adamw_by_hand(w[i], grads[k][(slice(None), *i)], rates, 0.8, 0.9, 1e-6, decay)
             assert got[i] == pytest.approx(wanted, rel=1e-12, abs=1e-14)
-
-
-def test_the_first_adamw_step_is_the_sign_of_the_gradient_times_the_rate(xp):
-    parameters = tensors(xp, {"w": np.array([1.0, -2.0, 3.0])})
-    parameters["w"].grad = xp.asarray(np.array([1e-3, -50.0, 0.2]))
-    optimizers.AdamW(parameters).step(0.01, 1)
-    np.testing.assert_allclose(ag.to_cpu(parameters["w"].data), [0.99, -1.99, 2.99], rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- Muon
@@ -112,19 +123,11 @@ def test_retract_is_the_nearest_orthogonal_matrix_for_small_departures(xp, rng, 
 
 def muon_run(xp, rng, dtype, lr=0.01, steps=40, **kw):
     """Parameters after `steps` of Muon on random gradients from orthogonal weights."""
-    start = {}
-    for shape in SHAPES:
-        matrices = [
-            random_orthogonal(*shape[-2:], rng, dtype) for _ in range(math.prod(shape[:-2]))
-        ]
-        start[str(shape)] = np.stack(matrices).reshape(shape)
-    parameters = tensors(xp, start)
-    optimizer = optimizers.Muon(parameters, **kw)
+    start = {str(shape): orthogonal(rng, shape, dtype) for shape in SHAPES}
+    run = Flat(optimizers.Muon, xp, start, **kw)
     for t in range(1, steps + 1):
-        for p in parameters.values():
-            p.grad = xp.asarray(rng.standard_normal(p.shape).astype(dtype))
-        optimizer.step(lr, t)
-    return start, parameters
+        run.step({k: rng.standard_normal(w.shape).astype(dtype) for k, w in start.items()}, lr, t)
+    return start, run.parameters
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
@@ -153,103 +156,111 @@ def test_muon_without_retraction_drifts_away(xp, rng):
     assert max(off_orthogonal(p.data) for p in parameters.values()) > 0.01
 
 
-def test_a_batch_of_muon_is_every_matrix_by_itself(rng):
+def test_a_batch_of_muon_is_every_matrix_by_itself_under_its_name(rng):
     """Parameters of one shape are updated together, and heads within a parameter."""
-    start = {k: random_orthogonal(6, 4, rng, np.float64) for k in "abc"}
-    grads = {k: rng.standard_normal((3, 6, 4)) for k in "abc"}
-    stacked = {"ab": np.stack([start["a"], start["b"]]), "c": start["c"]}
-    together, alone = tensors(np, stacked), tensors(np, start)
-    one = optimizers.Muon(together)
-    each = [optimizers.Muon({k: alone[k]}) for k in "abc"]
+    shapes = {"a": (6, 4), "b": (5, 5), "c": (3, 6, 4), "d": (5, 5)}
+    start = {k: orthogonal(rng, shape, np.float64) for k, shape in shapes.items()}
+    grads = {k: rng.standard_normal((3, *shape)) for k, shape in shapes.items()}
+    together = Flat(optimizers.Muon, np, start)
+    assert list(together.parameters) == ["a", "c", "b", "d"]  # sorted by shape
     for t in range(3):
-        together["ab"].grad = np.stack([grads["a"][t], grads["b"][t]])
-        together["c"].grad = grads["c"][t]
-        for k in "abc":
-            alone[k].grad = grads[k][t]
-        for optimizer in (one, *each):
-            optimizer.step(0.05, t + 1)
-    got = [*together["ab"].data, together["c"].data]
-    for a, k in zip(got, "abc"):
-        np.testing.assert_allclose(a, alone[k].data, atol=1e-13, rtol=0)
+        together.step({k: g[t] for k, g in grads.items()}, 0.05, t + 1)
+    for k, shape in shapes.items():
+        for i in np.ndindex(shape[:-2]):
+            alone = Flat(optimizers.Muon, np, {k: start[k][i]})
+            for t in range(3):
+                alone.step({k: grads[k][(t, *i)]}, 0.05, t + 1)
+            np.testing.assert_allclose(together[k][i], alone[k], atol=1e-13, rtol=0)
+            state = (one.optimizer.state[f"{k}.m"] for one in (together, alone))
+            np.testing.assert_allclose(next(state)[i], next(state), atol=1e-13, rtol=0)
 
 
 def test_muon_is_nesterov_momentum_then_a_polar_step(rng):
     W, g = random_orthogonal(5, 5, rng, np.float64), rng.standard_normal((3, 5, 5))
-    parameters, buffer = tensors(np, {"w": W}), 0
-    optimizer = optimizers.Muon(parameters, momentum=0.8)
+    run, buffer = Flat(optimizers.Muon, np, {"w": W}, momentum=0.8), 0
     for t in range(3):
-        parameters["w"].grad = g[t]
-        optimizer.step(0.1, t + 1)
+        run.step({"w": g[t]}, 0.1, t + 1)
         buffer = 0.8 * buffer + g[t]
         W = optimizers.retract(W - 0.1 * optimizers.orthogonalise(g[t] + 0.8 * buffer))
-    np.testing.assert_allclose(parameters["w"].data, W, atol=1e-13, rtol=0)
+    np.testing.assert_allclose(run["w"], W, atol=1e-13, rtol=0)
 
 
 @pytest.mark.parametrize("Optimizer", [optimizers.AdamW, optimizers.Muon])
 def test_state_is_of_the_parameters_dtype_and_changes_in_place(Optimizer, xp, rng):
-    parameters = tensors(xp, {"w": rng.standard_normal((4, 4)).astype(np.float32)})
-    optimizer = Optimizer(parameters)
-    state = dict(optimizer.state)
-    parameters["w"].grad = xp.asarray(rng.standard_normal((4, 4)).astype(np.float32))
-    optimizer.step(0.1, 1)
-    assert state.keys() == optimizer.state.keys() and len(state) > 0
+    run = Flat(Optimizer, xp, {"w": random_orthogonal(4, 4, rng)})
+    state = dict(run.optimizer.state)
+    run.step({"w": rng.standard_normal((4, 4)).astype(np.float32)}, 0.1, 1)
+    assert state.keys() == run.optimizer.state.keys() and len(state) > 0
     for k, a in state.items():
-        assert optimizer.state[k] is a and a.dtype == np.float32 and ag.to_cpu(a).any(), k
-    assert parameters["w"].data.dtype == np.float32
+        assert run.optimizer.state[k] is a and a.dtype == np.float32 and ag.to_cpu(a).any(), k
+    assert run["w"].dtype == np.float32
 
 
-# ---------------------------------------------------------------------- schedule and clipping
+def test_flattened_parameters_are_views_in_order(xp, rng):
+    start = {"a": rng.standard_normal((2, 3)), "b": np.array(0.5), "c": rng.standard_normal(4)}
+    parameters = tensors(xp, start)
+    weights, grads = optimizers.flatten(parameters)
+    wanted = np.concatenate([a.ravel() for a in start.values()])
+    assert (ag.to_cpu(weights) == wanted).all() and not ag.to_cpu(grads).any()
+    weights += 1
+    for i, (k, p) in enumerate(parameters.items()):
+        p.grad += i + 1
+        assert p.shape == p.grad.shape == start[k].shape
+        assert (ag.to_cpu(p.data) == start[k] + 1).all()
+    assert ag.to_cpu(grads).tolist() == 6 * [1] + [2] + 4 * [3]
 
 
-def test_the_schedule_warms_up_linearly_and_ends_at_zero():
-    rate = [optimizers.schedule(step, steps=100, warmup=10) for step in range(101)]
-    np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10)
-    assert rate[9] == rate[10] == 1
-    assert rate[55] == pytest.approx(0.5)  # the middle of the cosine
-    assert rate[100] == pytest.approx(0, abs=1e-15) and 0 < rate[99] < 1e-3
-    assert all(a > b for a, b in zip(rate[10:], rate[11:]))
+def test_parameters_of_two_dtypes_are_refused_by_name():
+    for bad in ({"a": np.ones(2, np.float32), "b": np.ones(2)}, {}):
+        with pytest.raises(ValueError, match="of one dtype, got (of float32, float64|none)"):
+            optimizers.flatten(tensors(np, bad))
 
 
-def test_the_schedule_without_warmup_starts_at_1():
-    assert optimizers.schedule(0, steps=5, warmup=0) == 1
-    assert optimizers.schedule(0, steps=1, warmup=0) == 1  # a run of one step makes that step
+# ------------------------------------------------------------------------------------ clipping
 
 
 def test_clipping_scales_all_gradients_together(xp, rng):
-    grads = {"a": rng.standard_normal((3, 4)), "b": rng.standard_normal(5)}
-    norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
-    parameters = tensors(xp, grads)
-    for k, p in parameters.items():
-        p.grad = xp.asarray(grads[k].astype(np.float32))
-    assert float(optimizers.clip_gradients(parameters, norm / 4)) == pytest.approx(norm, rel=1e-6)
-    for k, p in parameters.items():
-        assert p.grad.dtype == np.float32
-        np.testing.assert_allclose(ag.to_cpu(p.grad), grads[k] / 4, rtol=1e-5)
-    assert float(optimizers.gradient_norm(parameters)) == pytest.approx(norm / 4, rel=1e-6)
+    g = rng.standard_normal(17)
+    norm, grads = math.sqrt((g**2).sum()), xp.asarray(g.astype(np.float32))
+    assert float(optimizers.clip(grads, norm / 4)) == pytest.approx(norm, rel=1e-6)
+    assert grads.dtype == np.float32
+    np.testing.assert_allclose(ag.to_cpu(grads), g / 4, rtol=1e-5)
+    assert float(optimizers.clip(grads, math.inf)) == pytest.approx(norm / 4, rel=1e-6)
 
 
 def test_small_and_zero_gradients_are_not_changed_by_clipping(xp):
-    parameters = tensors(xp, {"a": np.zeros((2, 2)), "b": np.zeros(3)})
-    assert float(optimizers.clip_gradients(parameters, 1.0)) == 0
-    parameters["b"].grad = xp.asarray(np.array([0.3, 0.0, -0.4]))
-    before = ag.to_cpu(parameters["b"].grad).copy()
-    assert float(optimizers.clip_gradients(parameters, 1.0)) == pytest.approx(0.5)
-    assert (ag.to_cpu(parameters["b"].grad) == before).all()
-    assert (ag.to_cpu(parameters["a"].grad) == 0).all()
+    for values, norm in (([0.0, 0.0], 0), ([0.0, 0.3, 0.0, -0.4], 0.5)):
+        grads = xp.asarray(np.array(values))
+        assert float(optimizers.clip(grads, 1.0)) == pytest.approx(norm)
+        assert ag.to_cpu(grads).tolist() == values
+
+
+@pytest.mark.parametrize("scale, clipped", [(1e30, [0.6, 0.8]), (1e-30, [3e-30, 4e-30])])
+def test_the_squares_of_gradients_may_overflow_and_underflow(xp, scale, clipped):
+    grads = xp.asarray(np.array([3, 4], np.float32) * np.float32(scale))
+    assert float(optimizers.clip(grads, 1.0)) == pytest.approx(5 * scale, rel=1e-6)
+    np.testing.assert_allclose(ag.to_cpu(grads), clipped, rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("value", [1e30, math.inf, math.nan])
-def test_gradients_whose_norm_is_not_finite_are_never_turned_to_zero(xp, value):
-    parameters = tensors(xp, {"a": np.ones(2, np.float32)})
-    parameters["a"].grad = xp.asarray(np.array([value, 1], np.float32))  # 1e30² overflows
+@pytest.mark.parametrize(
+    "values", [(3e38, 3e38), (math.inf, 1), (math.nan, 1), (-math.inf, 0)], ids=str
+)
+def test_gradients_whose_norm_is_not_finite_are_never_turned_to_zero(xp, values):
+    grads = xp.asarray(np.array(values, np.float32))
     if xp is np:
         with pytest.raises(FloatingPointError, match="norm of the gradients"):
-            optimizers.clip_gradients(parameters, 1.0)
+            optimizers.clip(grads, 1.0)
     else:
         with np.errstate(all="ignore"):
-            optimizers.clip_gradients(parameters, 1.0)
-        assert np.isnan(ag.to_cpu(parameters["a"].grad)).all()
+            optimizers.clip(grads, 1.0)
+        assert np.isnan(ag.to_cpu(grads)).all()
+
+
+@pytest.mark.parametrize("largest", [-1, math.nan])
+def test_a_bound_that_is_none_is_refused(largest):
+    with pytest.raises(ValueError, match="largest must be 0 or more"):
+        optimizers.clip(np.ones(2), largest)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0, 3), (2, 0)])
@@ -258,18 +269,8 @@ def test_muon_takes_matrices_only(shape):
         optimizers.Muon(tensors(np, {"b": np.ones(shape)}))
 
 
-@pytest.mark.parametrize("kind", [optimizers.AdamW, optimizers.Muon])
-def test_a_step_0_and_gradients_of_another_shape_are_refused_by_name(xp, kind):
-    parameters = tensors(xp, {"W": np.eye(3)})
-    before = ag.to_cpu(parameters["W"].data).copy()
-    optimizer = kind(parameters)
-    parameters["W"].grad = xp.asarray(np.ones((3, 3)))
-    for t in (0, -1, math.nan):
-        with pytest.raises(ValueError, match="t counts the updates from 1"):
-            optimizer.step(0.1, t)
-    for bad in (None, xp.asarray(np.ones(3)), xp.asarray(np.ones((1, 3)))):
-        parameters["W"].grad = bad
-        with pytest.raises(ValueError, match="the gradient of W has shape"):
-            optimizer.step(0.1, 1)
-    assert (ag.to_cpu(parameters["W"].data) == before).all()
-    assert all((ag.to_cpu(a) == 0).all() for a in optimizer.state.values())
+def test_muon_takes_orthogonal_matrices_only(rng):
+    start = {"a": random_orthogonal(4, 4, rng), "b": rng.standard_normal((4, 4)).astype(np.float32)}
+    with pytest.raises(ValueError, match="orthogonal, and b does not begin so"):
+        optimizers.Muon(tensors(np, start))
+    optimizers.Muon(tensors(np, start), retraction=False)

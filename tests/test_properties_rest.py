@@ -1,14 +1,11 @@
-"""baselines.py, optimizers.py, products.py and data.py, on inputs that nobody would think of.
+"""relatives/, training/ and the bases of fast/, on inputs that nobody would think of.
 
 The promise of test_properties_autograd.py: the formula in float64, or an error that says why not.
 """
 
 import math
 
-import baselines
 import numpy as np
-import optimizers
-import products
 import pytest
 from test_properties import LAYOUTS, SHAPES, laid_out
 from test_properties_autograd import (
@@ -24,9 +21,12 @@ from test_properties_autograd import (
     with_gradients,
 )
 
-import data
 import osa_minimal as osa
 from autograd import Tensor
+from fast import basis, small
+from relatives.softmax import softmax_attention, softmax_forward
+from relatives.transformer import layer_norm, layer_norm_forward
+from training import data, optimizers
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given  # noqa: E402
@@ -39,7 +39,7 @@ lengths = st.integers(1, 5)
 def test_softmax_attention_and_its_gradient_are_the_formula(rng, batch, N, d, dtype):
     Q, K, V, dO = numbers(rng, dtype, *[(*batch, N, d)] * 4, odd=())
     F = laid_out(np.concatenate([Q, K, V], axis=-1), rng.choice(LAYOUTS))
-    result = attempt(with_gradients(baselines.softmax_attention), dO, F)
+    result = attempt(with_gradients(softmax_attention), dO, F)
     if not F.size:
         assert isinstance(result, ValueError)
         return
@@ -50,7 +50,7 @@ def test_softmax_attention_and_its_gradient_are_the_formula(rng, batch, N, d, dt
     dA = dO @ V.mT
     dS = A * (dA - (dA * A).sum(axis=-1, keepdims=True)) / math.sqrt(d)
     wanted = A @ V, np.concatenate([dS @ K, dS.mT @ Q, A.mT @ dO], axis=-1)
-    # A is right to `wrong`, since a score is right to that; on the way are these products.
+    # A is right to `wrong`, since a score is right to that; on the way are these basis.
     wrong = max(1.0, (abs(Q) @ abs(K).mT).max())
     flow, over_tokens = (abs(dO) @ abs(V).mT).max(), lambda a: abs(a).max() * N
     parts = [flow * over_tokens(K), flow * over_tokens(Q), over_tokens(dO)]
@@ -65,7 +65,7 @@ def test_softmax_attention_and_its_gradient_are_the_formula(rng, batch, N, d, dt
 @given(seeds, batches, lengths, dtypes)
 def test_layer_norm_and_its_gradients_are_the_formula(rng, batch, d, dtype):
     X, gain, bias, dY = numbers(rng, dtype, (*batch, d), (d,), (d,), (*batch, d), odd=())
-    result = attempt(with_gradients(baselines.layer_norm), dY, X, gain, bias)
+    result = attempt(with_gradients(layer_norm), dY, X, gain, bias)
     x, a, b, g = (t.astype(float) for t in (X, gain, bias, dY))
     centred = x - x.mean(axis=-1, keepdims=True)
     scale = 1 / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
@@ -82,64 +82,65 @@ def test_layer_norm_and_its_gradients_are_the_formula(rng, batch, d, dtype):
         assert_held(result, wanted, terms, dtype, count, (most[2], most[3]), steps)
 
 
-@given(st.integers(-3, 40), st.integers(0, 30), st.integers(0, 10))
-def test_the_schedule_is_a_ramp_and_half_a_cosine(step, steps, warmup):
-    if step < 0:
-        with pytest.raises(ValueError, match="step"):
-            optimizers.schedule(step, steps, warmup)
+@given(st.integers(-3, 40), st.integers(0, 30), st.integers(0, 30))
+def test_the_schedule_is_a_ramp_and_half_a_cosine(t, steps, warmup):
+    if t < 0:
+        with pytest.raises(ValueError, match="t counts from 0"):
+            optimizers.schedule(t, steps, warmup)
         return
-    part = min(1.0, (step - warmup) / max(1, steps - warmup))
-    want = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * part)) / 2
-    assert 0 <= optimizers.schedule(step, steps, warmup) <= 1
-    assert math.isclose(optimizers.schedule(step, steps, warmup), want, rel_tol=1e-15)
+    warmup_made = min(warmup, steps // 2)
+    part = min(1.0, (t - warmup_made) / max(1, steps - warmup_made))
+    ramp = t < warmup_made
+    want = (t + 1) / warmup_made if ramp else (1 + math.cos(math.pi * part)) / 2
+    assert 0 <= optimizers.schedule(t, steps, warmup) <= 1
+    assert math.isclose(optimizers.schedule(t, steps, warmup), want, rel_tol=1e-15)
 
 
-def parameters_of(dtype, arrays, grads):
-    parameters = {str(i): Tensor(a, requires_grad=True) for i, a in enumerate(arrays)}
-    for p, g in zip(parameters.values(), grads):
-        p.grad = g
-    return parameters
-
-
-@given(seeds, st.lists(batches, min_size=1, max_size=3), dtypes, st.sampled_from([0, 1e-3, 1, -1]))
-def test_clipping_gives_a_norm_of_at_most_that_or_refuses(rng, shapes, dtype, largest):
-    grads = numbers(rng, dtype, *shapes)
-    parameters = parameters_of(dtype, grads, grads)
-    norm = attempt(lambda *_: optimizers.clip_gradients(parameters, largest), *grads)
-    with np.errstate(all="ignore"):
-        squares = sum((g.astype(float) ** 2).sum() for g in grads)
+@given(seeds, batches, dtypes, st.sampled_from([0, 1e-3, 1, -1]))
+def test_clipping_gives_a_norm_of_at_most_that_or_refuses(rng, shape, dtype, largest):
+    (g,) = numbers(rng, dtype, (math.prod(shape),))
+    clipped = g.copy()
+    norm = attempt(lambda _: optimizers.clip(clipped, largest), g)
+    want = np.linalg.norm(g.astype(np.longdouble))
     if isinstance(norm, Exception):
-        assert largest < 0 or not fits(dtype, squares)
+        assert largest < 0 or not fits(dtype, want) or not g.size
         return
-    assert largest >= 0
-    n, limits = sum(g.size for g in grads), np.finfo(dtype)
-    # Squares that underflow are lost, each at most the least number.
-    slack = math.sqrt((n + 1) * float(limits.smallest_subnormal))
-    want = math.sqrt(squares)
+    assert largest >= 0 and clipped.dtype == dtype
+    n, limits = g.size, np.finfo(dtype)
+    # Squares of what is 1e-23 of the largest may underflow; the norm itself may.
+    slack = (n + 1) * float(limits.smallest_subnormal)
     assert abs(norm - want) <= (n + 4) * float(limits.eps) * want + slack
-    factor = min(1, largest / (want + 1e-12))
-    for p, g in zip(parameters.values(), grads):
-        assert p.grad.dtype == dtype
-        bound = (n + 8) * float(limits.eps) * abs(g.astype(float) * factor)
-        assert_close(p.grad, g.astype(float) * factor, bound + slack)
+    scaled = g.astype(float) * min(1, largest / (float(want) + 1e-12))
+    assert_close(clipped, scaled, (n + 8) * float(limits.eps) * abs(scaled) + slack)
+
+
+def flat_step(kind, arrays, grads, lr, t, state=None, **kw):
+    """The parameters after one step, whose weights lie in one array."""
+    parameters = {str(i): Tensor(a, requires_grad=True) for i, a in enumerate(arrays)}
+    optimizer = kind(parameters, **kw)
+    weights, flat = optimizers.flatten(optimizer.parameters)
+    for k, p in parameters.items():
+        p.grad[...] = grads[int(k)]
+    for k, a in (state or {}).items():
+        optimizer.state[k][...] = a
+    optimizer.step(weights, flat, lr, t)
+    return parameters
 
 
 @given(seeds, batches, dtypes, st.integers(1, 9), st.sampled_from([0.0, 0.1]))
 def test_an_adamw_step_is_the_formula(rng, shape, dtype, t, decay):
     w, g, m, v = numbers(rng, dtype, *[shape] * 4, odd=())
-    v = abs(v)
-    parameters = parameters_of(dtype, [w], [g])
-    optimizer = optimizers.AdamW(parameters, weight_decay=decay)
-    optimizer.state["0.m"][...], optimizer.state["0.v"][...] = m, v
-    result = attempt(lambda *_: optimizer.step(0.1, t), w, g)
-    W, G, M, E = (a.astype(float) for a in (w, g, m, v))
-    M, E = 0.9 * M + 0.1 * G, 0.95 * E + 0.05 * G**2
-    root = np.sqrt(E / (1 - 0.95**t)) + 1e-8
+    v, state = abs(v), {"0.mean": m, "0.rms": abs(v)}
+    result = attempt(
+        lambda w, g: flat_step(optimizers.AdamW, [w], [g], 0.1, t, state, weight_decay=decay), w, g
+    )
+    W, G, M, R = (a.astype(float) for a in (w, g, m, v))
+    M, R = 0.9 * M + 0.1 * G, np.hypot(math.sqrt(0.95) * R, math.sqrt(0.05) * G)
+    root = R / math.sqrt(1 - 0.95**t) + 1e-8
     want = W - 0.1 * (M / (1 - 0.9**t) / root + decay * W)
-    # A second moment below the least number is lost, a root of 1e-22 beside 1e-8.
     terms = abs(W) + (abs(m.astype(float)) + abs(G)) / (1 - 0.9**t) / root
-    steps = G**2, 20 * E, 10 * M, 20.0 * v, terms
-    assert_held(result or [parameters["0"].data], [want], [terms], dtype, 64, 1 / root, steps)
+    got = result if isinstance(result, Exception) else [result["0"].data]
+    assert_held(got, [want], [terms], dtype, 64, 1 / root, (10 * M, 5 * R, terms))
 
 
 def polar_by_hand(M):
@@ -157,14 +158,14 @@ def test_a_muon_step_is_the_formula_and_ends_orthogonal(rng, shapes, n, m, dtype
     for W in starts:
         for i in np.ndindex(W.shape[:-2] if W.size else (0,)):
             W[i] = osa.random_orthogonal(n, m, rng, np.float64)
-    parameters = parameters_of(dtype, [W.astype(dtype) for W in starts], grads)
-    result = attempt(lambda *_: optimizers.Muon(parameters).step(0.01, 1), *grads)
+    weights = [W.astype(dtype) for W in starts]
+    result = attempt(lambda *g: flat_step(optimizers.Muon, weights, g, 0.01, 1), *grads)
     if isinstance(result, Exception):
         wide = [g.astype(float) ** 2 for g in grads]
         assert not all(g.size for g in grads) or not fits(dtype, *wide), result
         return
     eps = float(np.finfo(dtype).eps)
-    for p, W, g in zip(parameters.values(), starts, grads):
+    for p, W, g in zip(result.values(), starts, grads):
         assert p.data.dtype == dtype and p.data.shape == W.shape
         got, orthogonal = p.data.astype(float), min(n, m) * eps
         gram = got.mT @ got if n >= m else got @ got.mT
@@ -196,16 +197,16 @@ def test_the_cholesky_basis_spans_its_matrix(rng, batch, r, more, dtype, special
         P[..., -1] = P[..., 0] * (1 + apart)
     P = P[..., rng.permutation(r)]
     P = laid_out(P, rng.choice(LAYOUTS))
-    unit = attempt(products.unit_columns, P)
+    unit = attempt(basis.unit_columns, P)
     eps, wide = float(np.finfo(dtype).eps), P.astype(float)
     norms = np.sqrt((wide**2).sum(axis=-2, keepdims=True))
     assert unit.dtype == dtype
     assert_close(unit * norms, wide, 8 * (r + more) * eps * norms)
     # At most 54 eps in 12,000 tries with up to 40 columns, 2 in the median; in float64 below 1.
-    bases = [(products.cholesky_basis, 100)]
-    bases += [(products.double_basis, 4)] if dtype is np.float32 else []
-    for basis, tolerance in bases:
-        B, R = attempt(basis, P)
+    bases = [(basis.cholesky_basis, 100)]
+    bases += [(basis.double_basis, 4)] if dtype is np.float32 else []
+    for find, tolerance in bases:
+        B, R = attempt(find, P)
         assert B.dtype == dtype and B.shape == P.shape
         B = B.astype(float)
         assert np.linalg.norm(B, 2, axis=(-2, -1)).max(initial=0) <= 1 + 1e-5
@@ -220,8 +221,8 @@ def test_the_exponential_by_squaring_is_that_by_the_spectrum_or_nan(rng, batch, 
     S = (M - M.mT).astype(dtype)
 
     def exponential(S, W, G):
-        small = products.Products(S, W)
-        return small.value, *small.adjoint(G)
+        products = small.Products(S, W)
+        return products.value, *products.adjoint(G)
 
     result, (s, w, g) = attempt(exponential, S, W, G), (a.astype(float) for a in (S, W, G))
     norms = [np.linalg.norm(a, axis=(-2, -1), keepdims=True) for a in (s, w, g)]
@@ -231,7 +232,7 @@ def test_the_exponential_by_squaring_is_that_by_the_spectrum_or_nan(rng, batch, 
     lost = np.isnan(result[0]).any(axis=(-2, -1), keepdims=True)
     assert (norms[0][lost] > 1000).all()
     s = np.where(lost, 0, s)
-    wanted = osa.exp_skew(s) @ w, osa.exp_skew(-s) @ g, osa.frechet_skew(-s, g @ w.mT)
+    wanted = osa.exp_skew(s) @ w, osa.exp_skew(-s) @ g, small.frechet_skew(-s, g @ w.mT)
     # Each squaring doubles the error; at most 2 ‖S‖ of them, in effect.
     tol = 32 * n * float(np.finfo(dtype).eps) * np.maximum(1, norms[0])
     for got, want, scale in zip(result, wanted, (norms[1], norms[2], norms[1] * norms[2])):
@@ -242,11 +243,14 @@ def test_the_exponential_by_squaring_is_that_by_the_spectrum_or_nan(rng, batch, 
 
 @given(seeds, lengths, lengths, st.integers(0, 3))
 def test_images_are_scaled_padded_and_cut_as_the_formulas_say(rng, n, H, width):
-    x = rng.integers(0, rng.choice([2, 256]), (n, H, H), dtype=np.uint8)
-    x = x[:, :: rng.choice([-1, 1])].transpose(0, *rng.permutation([1, 2]))
+    W, colours = rng.integers(1, 5), [(), (3,)][rng.integers(2)]
+    x = rng.integers(0, rng.choice([2, 256]), (n, H, W, *colours), dtype=np.uint8)
+    x = x[:, :: rng.choice([-1, 1])]
+    if rng.integers(2):
+        x, (H, W) = x.swapaxes(1, 2), (W, H)
     found = attempt(data.statistics, x)
     if isinstance(found, Exception):
-        assert (x == x[0, 0, 0]).all()
+        assert (x == x.flat[0]).all()
     else:
         assert_close(np.array(found), np.array([(x / 255).mean(), (x / 255).std()]), 1e-14)
     mean, std = rng.standard_normal(), 10.0 ** rng.integers(-30, 31)
@@ -256,44 +260,45 @@ def test_images_are_scaled_padded_and_cut_as_the_formulas_say(rng, n, H, width):
         scaled, (x / 255 - mean) / std, 8 * float(np.finfo(np.float32).eps) * (1 + abs(mean)) / std
     )
     padded = attempt(lambda x: data.pad(x, width), x)
-    assert padded.dtype == np.uint8 and padded.shape == (n, H + 2 * width, H + 2 * width)
-    assert (padded[:, width : width + H, width : width + H] == x).all()
+    assert padded.dtype == np.uint8 and padded.shape == (n, H + 2 * width, W + 2 * width, *colours)
+    assert (padded[:, width : width + H, width : width + W] == x).all()
     assert padded.sum(dtype=int) == x.sum(dtype=int)
     chosen, offsets = rng.integers(0, n, 4), rng.integers(0, 2 * width + 1, (4, 2))
     offsets[0, 0] += rng.choice([0, 0, -1, 1])
-    cut = attempt(lambda *a: data.crops(*a, H), padded, chosen, offsets)
+    cut = attempt(lambda *a: data.crops(*a, (H, W)), padded, chosen, offsets)
     if isinstance(cut, Exception):
         assert offsets.min() < 0 or offsets.max() > 2 * width
         return
     for image, i, (row, column) in zip(cut, chosen, offsets):
-        assert (image == padded[i, row : row + H, column : column + H]).all()
+        assert (image == padded[i, row : row + H, column : column + W]).all()
 
 
-@given(seeds, lengths, st.integers(-1, 7), st.none() | st.integers(-1, 7))
+@given(seeds, lengths, st.none() | st.integers(-1, 7), st.none() | st.integers(-1, 7))
 def test_a_split_shares_out_each_image_at_most_once(rng, n, validation, limit):
     x, y = np.arange(n, dtype=np.uint8)[:, None, None], np.arange(n, dtype=np.uint8)
     dataset = data.Dataset(x, y, x, y, "numbers")
     try:
         parts = data.split(dataset, validation, limit, rng=rng)
     except data.DataError:
-        held_out = validation if limit is None else min(validation, max(1, limit // 5))
-        assert validation < 0 or limit is not None and limit < 1 or held_out + (limit or 1) > n
+        held_out = max(1, min(n // 6, (limit or n) // 5)) if validation is None else validation
+        assert held_out < 0 or limit is not None and limit < 1 or held_out + (limit or 1) > n
         return
     drawn = np.concatenate([parts[1], parts[3]])
-    assert len(set(drawn)) == len(drawn) and len(parts[1]) == (limit or n - validation)
+    assert len(set(drawn)) == len(drawn) and len(parts[1]) == (limit or n - len(parts[3]))
+    assert validation is None or len(parts[3]) == validation
     assert (parts[0][:, 0, 0] == parts[1]).all() and (parts[2][:, 0, 0] == parts[3]).all()
 
 
 CALLS = {
-    "softmax": baselines.softmax_forward,
-    "layer norm": lambda a: baselines.layer_norm_forward(a, np.ones(2), np.ones(2)),
-    "gain": lambda a: baselines.layer_norm_forward(np.ones((2, 2)), a, np.ones(2)),
-    "bias": lambda a: baselines.layer_norm_forward(np.ones((2, 2)), np.ones(2), a),
+    "softmax": softmax_forward,
+    "layer norm": lambda a: layer_norm_forward(a, np.ones(2), np.ones(2)),
+    "gain": lambda a: layer_norm_forward(np.ones((2, 2)), a, np.ones(2)),
+    "bias": lambda a: layer_norm_forward(np.ones((2, 2)), np.ones(2), a),
     "orthogonalise": optimizers.orthogonalise,
     "retract": optimizers.retract,
-    "unit_columns": products.unit_columns,
-    "cholesky_basis": products.cholesky_basis,
-    "double_basis": products.double_basis,
+    "unit_columns": basis.unit_columns,
+    "cholesky_basis": basis.cholesky_basis,
+    "double_basis": basis.double_basis,
     "statistics": data.statistics,
     "standardise": lambda a: data.standardise(a, 0.1, 0.3),
 }

@@ -3,22 +3,21 @@
 import sys
 from pathlib import Path
 
-import checkpoint
 import numpy as np
 import pytest
 
 import autograd as ag
 import osa_minimal
 import train
+from training import checkpoint, data, resume
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("safetensors")
 sys.path.insert(0, str(Path(train.__file__).parent / "examples"))
 from torch_model import SkiplessTransformer  # noqa: E402
 
 SIZES = {
-    "16 tokens": dict(d=24, heads=2, depth=3, patch=3, image=12, classes=5, mlp_ratio=2),
-    "one token": dict(d=8, heads=4, depth=1, patch=4, image=4, classes=3, mlp_ratio=1),
+    "16 tokens": dict(d=24, heads=2, depth=3, patch=3, image=(12, 12), classes=5, mlp_ratio=2),
+    "one token": dict(d=8, heads=4, depth=1, patch=4, image=(4, 4), classes=3, mlp_ratio=1),
 }
 
 
@@ -29,13 +28,13 @@ def test_logits_and_gradients_are_ours_in_float64(sizes, rng, tmp_path):
         p.data = p.data + 0.1 * rng.standard_normal(p.shape)
     arrays = {k: p.data for k, p in ours.parameters.items()}
     about = {**sizes, "attention": "osa", "skip": False, "norm": False, "mean": 0.1, "std": 0.3,
-             "slope": ours.layers[0][1].slope}  # fmt: skip
+             "slope": ours.slope}  # fmt: skip
     path = tmp_path / "m.safetensors"
-    checkpoint.export_safetensors(path, arrays, {k: str(v) for k, v in about.items()})
+    checkpoint.export(path, arrays, {k: str(v) for k, v in about.items()})
     theirs = SkiplessTransformer(path)
     assert (theirs.mean, theirs.std) == (0.1, 0.3)
 
-    images = rng.standard_normal((7, sizes["image"], sizes["image"]))
+    images = rng.standard_normal((7, *sizes["image"]))
     labels = rng.integers(0, sizes["classes"], 7)
     logits = ours(images)
     got = theirs(torch.tensor(images))
@@ -55,11 +54,11 @@ def test_a_trained_and_exported_run_gives_the_same_logits(tmp_path, monkeypatch)
     path, out = tmp_path / "m.safetensors", tmp_path / "run"
     train.main([*"--preset tiny --limit-data 200 --max-steps 3 --threads 1 --device cpu".split(),
                 "--out", str(out), "--export", str(path)])  # fmt: skip
-    config, *saved = train.load_checkpoint(out / "checkpoint.npz", {})
-    _, args, _ = train.parse(["--threads", "1"])
-    run = train.Run(config, args, np, "cpu", saved)
+    config, _, arrays = resume.load(out, train.Config, {})
+    run = train.Run(config, data.load())
+    resume.restore(arrays, run.parameters)
     theirs = SkiplessTransformer(path)
-    images = run.x_test[:50]
+    images = run.dataset.x_test[:50]
     got = theirs((torch.tensor(images).float() / 255 - theirs.mean) / theirs.std)
     wanted = run.model(run.standardise(images)).data
     assert got.dtype == torch.float32 and wanted.dtype == np.float32
@@ -71,6 +70,6 @@ def test_a_trained_and_exported_run_gives_the_same_logits(tmp_path, monkeypatch)
 def test_another_network_is_refused(field, tmp_path):
     about = {"attention": "osa", "skip": "False", "norm": "False"} | {field: "True"}
     path = tmp_path / "m.safetensors"
-    checkpoint.export_safetensors(path, {"W_E": np.ones(2)}, about)
+    checkpoint.export(path, {"W_E": np.ones(2)}, about)
     with pytest.raises(ValueError, match="no skipless OSA model"):
         SkiplessTransformer(path)

@@ -27,8 +27,8 @@ def save(path, arrays, meta):
     Raises CheckpointError if the disk refuses, with the earlier file intact; TypeError or
     ValueError for arrays, names or a `meta` that cannot be kept.
     """
-    record = json.dumps(meta)
-    export(path, arrays, {"meta": record, "crc32": str(checksum(arrays, record))})
+    arrays, record = row_major(arrays), json.dumps(meta)
+    export(path, arrays, {"crc32, meta": f"{checksum(arrays, record)} {record}"})
 
 
 def export(path, arrays, metadata):
@@ -36,15 +36,21 @@ def export(path, arrays, metadata):
 
     arrays: NumPy, any shape, of booleans, integers or floats of at most 64 bits.
     """
+    rows = row_major(arrays)
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise TypeError("the metadata of a safetensors file are strings")
+    with replacing(path) as file:
+        file.write(safetensors.numpy.save(rows, metadata))
+
+
+def row_major(arrays):
+    """Copies in rows, in this machine's byte order: the library would scramble others."""
     for name, a in arrays.items():
         if not isinstance(a, np.ndarray) or a.dtype.kind not in "biuf" or a.itemsize > 8:
             raise TypeError(f"{name} is not a NumPy array of booleans, integers or floats")
-    if not all(isinstance(text, str) for text in metadata.values()):
-        raise TypeError("the metadata of a safetensors file are strings")
-    # Row-major copies: the library writes the memory of others as if it were.
-    rows = {k: np.array(a, dtype=a.dtype.newbyteorder("="), order="C") for k, a in arrays.items()}
-    with replacing(path) as file:
-        file.write(safetensors.numpy.save(rows, metadata))
+        if name == "__metadata__":
+            raise ValueError(f"an array cannot be named {name!r}")
+    return {k: np.array(a, dtype=a.dtype.newbyteorder("="), order="C") for k, a in arrays.items()}
 
 
 def load(path):
@@ -55,9 +61,10 @@ def load(path):
     with reading(path, CheckpointError, EXPECTED):
         with safetensors.safe_open(path, "np") as file:
             arrays, about = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-        if "crc32" not in about or about["crc32"] != str(checksum(arrays, about.get("meta", ""))):
+        crc, _, record = about.get("crc32, meta", "").partition(" ")
+        if crc != str(checksum(arrays, record)):
             raise ValueError("altered, or not written by this program")
-        return arrays, json.loads(about["meta"])
+        return arrays, json.loads(record)
 
 
 def checksum(arrays, record):

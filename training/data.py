@@ -10,6 +10,8 @@ import hashlib
 import math
 import os
 import struct
+import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,14 +177,15 @@ class Batches:
         self.per_epoch = len(x) // self.size
         self.slice = self.size * rank // ranks, self.size * (rank + 1) // ranks
 
-    def choose(self, t):
-        """Which images step t = 0, 1, … takes (B,), and their offsets (B, 2)."""
+    def choose(self, t, whole=False):
+        """Which images step t = 0, 1, … takes (B,), and their offsets (B, 2); whole: of all."""
         epoch, i = divmod(t, self.per_epoch)
         if epoch != self.epoch:
             rng, n, self.epoch = np.random.default_rng([self.seed, 2, epoch]), len(self.x), epoch
             self.order = self.xp.asarray(rng.permutation(n))
             self.offsets = self.xp.asarray(rng.integers(0, 2 * self.shift + 1, (n, 2)))
-        part = slice(*(i * self.size + end for end in self.slice))
+        ends = (0, self.size) if whole else self.slice
+        part = slice(*(i * self.size + end for end in ends))
         return self.order[part], self.offsets[part]
 
     def images(self, chosen, offsets):
@@ -200,19 +203,22 @@ def _verify_bundled():
 
 
 def _read_npz(path, names):
-    with np.load(path, allow_pickle=False) as file:
-        for member in file.zip.infolist():
-            with file.zip.open(member) as array:  # np.load takes all memory that is declared
-                version = np.lib.format.read_magic(array)
-                read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
-                shape, _, dtype = read_header(array)
+    with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+        warnings.simplefilter("ignore", UserWarning)  # of headers by Python 2, none the worse
+        for member in archive.infolist():
+            with archive.open(member) as array:  # np.load takes all memory that is declared
+                if np.lib.format.read_magic(array) != (1, 0):  # of 64 kB at most
+                    raise ValueError(f"{member.filename} is not in version 1.0 of .npy")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(array)
                 _check_header(member.filename.removesuffix(".npy"), shape, dtype)
-                if math.prod(shape) * dtype.itemsize != member.file_size - array.tell():
+                size = math.prod(shape) * dtype.itemsize
+                if size != member.file_size - array.tell() or size > 1032 * os.path.getsize(path):
                     raise ValueError(f"{member.filename} declares {shape}, but is not of that size")
-        missing = [key for key in names if key not in file.files]
-        if missing:
-            raise ValueError(f"holds no {missing[0]}")
-        return {key: _labels(key, file[key]) if key[0] == "y" else file[key] for key in names}
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in names if key not in file.files]
+            if missing:
+                raise ValueError(f"holds no {missing[0]}")
+            return {key: _labels(key, file[key]) if key[0] == "y" else file[key] for key in names}
 
 
 def _labels(name, y):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from training.options import UserError
 
-SAVED = "checkpoint.safetensors", "summary.json"
 FILES = ("config.json", "metrics.csv", "summary.json", "checkpoint.safetensors", "curves.png")
 
 
@@ -61,7 +60,7 @@ def check_export(path):
 def in_use(folder, new):
     """Keeps a second process out of `folder`; the lock ends with this one, however it ends.
 
-    new: refuses a folder with a run that can go on; what one left that never saved is removed.
+    new: refuses a folder with a file of a run's names, unless one that never saved has left it.
     """
     try:
         import fcntl
@@ -85,7 +84,11 @@ def in_use(folder, new):
 
 def clear(folder, new):
     """Removes what killed runs have left half-done."""
-    if new and any((folder / name).exists() for name in SAVED):
+    found = tuple(name for name in FILES if new and (folder / name).exists())
+    unsaved = found in (FILES[:1], FILES[:2])  # and it is a run's config.json, not another's
+    if found and not (unsaved and b'"data_crc32"' in (folder / FILES[0]).read_bytes()):
         raise UserError(f"{folder} holds a run already; choose another --out, or --resume {folder}")
-    for path in [*folder.glob(f"{SAVED[0]}.*.tmp"), *(folder / name for name in FILES if new)]:
+    for path in (path for name in FILES for path in folder.glob(f"{name}.*.tmp")):
         path.unlink(missing_ok=True)
+    for name in found:
+        (folder / name).unlink()

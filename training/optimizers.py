@@ -66,8 +66,9 @@ def clip(grads, largest):
     if not largest >= 0:
         raise ValueError(f"largest must be 0 or more, got {largest}")
     xp, size = array_module(grads), abs(grads).max()
-    unit = grads / xp.where(size > 0, size, 1)  # whose squares do not overflow
-    norm = size * xp.sqrt((unit * unit).sum())
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are answers
+        unit = grads / xp.where(size > 0, size, 1)  # whose squares do not overflow
+        norm = size * xp.sqrt((unit * unit).sum())
     if xp is np and not math.isfinite(norm):
         raise FloatingPointError("the norm of the gradients is NaN or Inf")
     grads *= xp.where(norm < math.inf, xp.minimum(1, largest / (norm + 1e-12)), math.nan)

@@ -26,9 +26,9 @@ from training.optimizers import schedule
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def accuracy(model, images, labels, standardise, batch=500):
+def accuracy(model, images, labels, standardise):
     """Share of `images` (uint8) classified as `labels`, and the mean cross-entropy."""
-    right, loss = 0, 0.0
+    right, loss, batch = 0, 0.0, max(1, 8192 // len(model.outer["b_E"].data))  # tokens: memory
     with ag.no_grad():
         for i in range(0, len(labels), batch):
             y = labels[i : i + batch]
@@ -102,7 +102,7 @@ class Log:
         progress.largest_s = float(np.fmax(progress.largest_s, s_norm))
         val, _ = accuracy(run.model, run.x_val[:1000], run.y_val[:1000], run.standardise)
         step, seconds = progress.step, progress.seconds
-        rate = schedule(step - 1, run.steps, run.config.warmup) * run.updates[-1][2]
+        rate = schedule(step - 1, run.steps, run.config.warmup) * run.config.lr
         values = (step, step / run.batches.per_epoch, rate, loss, train, val, float(norm), s_norm,
                   error, seconds)  # fmt: skip
         self.writer.writerow({k: f"{v:.7g}" for k, v in zip(self.COLUMNS, values)})

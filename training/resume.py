@@ -31,7 +31,7 @@ class Progress:
     data: str = ""  # the path of --data
     digest: int = 0  # of the training images
     statistics: list = dataclasses.field(default_factory=lambda: [0.0, 1.0])  # mean, deviation
-    image: list = dataclasses.field(default_factory=list)  # its shape, (H, W) or (H, W, C)
+    image: list = dataclasses.field(default_factory=lambda: [28, 28, 1])  # its shape (H, W, C)
     classes: int = 0
 
 
@@ -152,7 +152,7 @@ def read(kind, values, path):
 
 
 def types(value):
-    return list if isinstance(value, list) else type(value)
+    return [type(v) for v in value] if isinstance(value, list) else type(value)
 
 
 def restore(arrays, parameters, optimizers=(), xp=np):

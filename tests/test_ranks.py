@@ -1,4 +1,4 @@
-"""machines.py: several ranks train like one, and end together whatever happens to one of them.
+"""training/ranks.py: several ranks train like one, and end together, whatever happens to one.
 
 Those that start mpiexec are skipped where mpi4py or mpiexec is missing: requirements-mpi.txt.
 """
@@ -12,13 +12,13 @@ import sys
 import types
 from pathlib import Path
 
-import checkpoint
-import machines
 import numpy as np
 import pytest
 
 import autograd as ag
 import train
+from training import checkpoint, folder, ranks
+from training.options import UserError
 
 ROOT = Path(train.__file__).parent
 MPIEXEC = shutil.which("mpiexec", path=os.path.dirname(sys.executable)) or shutil.which("mpiexec")
@@ -48,22 +48,27 @@ def mpiexec(ranks, *program):
 
 
 def arrays_of(folder):
-    return {k: a.tobytes() for k, a in checkpoint.load(folder / "checkpoint.npz")[0].items()}
+    return {
+        k: a.tobytes() for k, a in checkpoint.load(folder / "checkpoint.safetensors")[0].items()
+    }
 
 
 # ---------------------------------------------------------------------------- the same training
 
 FLOAT64 = """
-import sys, numpy as np, machines, train
+import sys, numpy as np, train
+from training.ranks import Ranks
 
-ranks = machines.Ranks()
-config, args, _ = train.parse(sys.argv[2:])
-run = train.Run(config, args, np, "cpu", ranks=ranks)
-for p in run.parameters.values():
-    p.data = p.data.astype(np.float64)
-for optimizer, _ in run.optimizers:
-    optimizer.state |= {k: a.astype(np.float64) for k, a in optimizer.state.items()}
-results = {f"step {i}": run.train_step()[:3] for i in range(6)}
+def wide(*arguments, build=train.build):
+    model = build(*arguments)
+    for p in model.parameters.values():
+        p.data = p.data.astype(np.float64)
+    return model
+
+train.build, ranks = wide, Ranks()
+config, args, _ = train.parse(train.Config, train.PRESETS, sys.argv[2:])
+run = train.Run(config, train.data.load(), threads=args.threads, ranks=ranks)
+results = {f"step {i}": run.step(i) for i in range(6)}
 results |= {k: p.data for k, p in run.parameters.items()}
 np.savez(f"{sys.argv[1]}/{ranks.size}-{ranks.rank}", **results)
 """
@@ -71,16 +76,17 @@ np.savez(f"{sys.argv[1]}/{ranks.size}-{ranks.rank}", **results)
 
 @mpi
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_two_and_four_ranks_make_the_steps_of_one(optimizer, tmp_path):
-    arguments = [tmp_path, *SMALL, "--threads", 1, "--optimizer", optimizer]
+def test_several_ranks_with_unequal_slices_make_the_steps_of_one(optimizer, tmp_path):
+    arguments = [tmp_path, *SMALL, "--threads", 3, "--optimizer", optimizer]
     runs = {}
-    for size in (1, 2, 4):
+    for size in (1, 2, 4):  # slices of 12 and 13, and threads with 3 to 17 images
         code, _, err = mpiexec(size, "-c", FLOAT64, *arguments)
         assert (code, err) == (0, "")
         runs[size] = [dict(np.load(tmp_path / f"{size}-{rank}.npz")) for rank in range(size)]
     for size in (2, 4):
         for ours in runs[size]:
             for name, wanted in runs[1][0].items():
+                assert ours[name].dtype == np.float64
                 assert ours[name].tobytes() == runs[size][0][name].tobytes()  # no rank drifts
                 # Sums of 50 terms in another order, 4 eps; Muon's quintic multiplies a small
                 # singular value by 3.4 five times, AdamW divides by a root of small squares, and
@@ -98,7 +104,7 @@ def test_two_ranks_equal_two_threads_to_the_bit_and_rank_0_alone_writes(tmp_path
     assert steps == [f"step {i}" for i in range(1, 10)]
     code, _, _ = mpiexec(1, *common, "--threads", 2, "--out", tmp_path / "threads")
     assert code == 0 and arrays_of(tmp_path / "ranks") == arrays_of(tmp_path / "threads")
-    assert sorted(os.listdir(tmp_path / "ranks")) == sorted(train.FILES)
+    assert sorted(os.listdir(tmp_path / "ranks")) == sorted(folder.FILES)
 
 
 @mpi
@@ -121,28 +127,29 @@ class Doubling:
 
 
 def test_gradients_of_every_device_are_summed_through_the_host(xp, rng):
-    ranks = machines.Ranks()
-    ranks.comm, ranks.size, ranks.takes_gpu_arrays = Doubling(), 2, False
-    mine = rng.standard_normal(17)
+    both = ranks.Ranks()
+    both.comm, both.size, both.takes_gpu_arrays = Doubling(), 2, False
+    mine, right = rng.standard_normal(17), xp.asarray(np.array(7))
     g = xp.asarray(mine.copy())
-    loss, right = ranks.sum_gradients(g, xp.asarray(np.array(0.25)), xp.asarray(np.array(7)))
-    assert (float(loss), float(right)) == (0.5, 14)
-    assert (ag.to_cpu(g) == 2 * mine).all()
+    gradients = both.summed(lambda x, y: (xp.asarray(np.array(0.25)), right), g, batch_size=8)
+    loss, right = gradients(None, np.zeros(3))  # 3 of 8 images
+    assert (float(loss), float(right)) == (2 * 3 / 8 * 0.25, 14)
+    assert (ag.to_cpu(g) == 2 * (3 / 8 * mine)).all()
 
 
 # -------------------------------------------------------------------------------- without MPI
 
 
 def test_mpi_is_imported_only_when_mpiexec_started_the_program():
-    program = "import sys, train, machines; machines.Ranks(); assert 'mpi4py' not in sys.modules"
-    environ = {k: v for k, v in os.environ.items() if k not in machines.STARTED}
+    program = "import sys, train; train.Ranks(); assert 'mpi4py' not in sys.modules"
+    environ = {k: v for k, v in os.environ.items() if k not in ranks.STARTED}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environ, check=True)
 
 
 def test_mpiexec_without_mpi4py_says_what_to_install(monkeypatch):
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(train.UserError, match="requirements-mpi.txt"):
+    with pytest.raises(UserError, match="requirements-mpi.txt"):
         train.main(["--preset", "tiny"])
 
 
@@ -152,9 +159,11 @@ def test_each_rank_of_a_machine_takes_its_own_card(monkeypatch):
     device = types.SimpleNamespace(use=lambda: None)
     cuda = types.SimpleNamespace(runtime=runtime, Device=lambda i: used.append(i) or device)
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
-    ranks = machines.Ranks()
-    for ranks.neighbour in (0, 3, 5):
-        ranks.take_card()
+    this = ranks.Ranks()
+    options = train.parse(train.Config, train.PRESETS, ["--device", "cuda"])
+    for this.neighbour in (0, 3, 5):
+        with pytest.raises(UserError, match="no GPU can be used"):  # there is but a part of CuPy
+            train.work(this, *options)
     assert used == [0, 3, 1]
 
 
@@ -165,21 +174,23 @@ def test_each_rank_of_a_machine_takes_its_own_card(monkeypatch):
 def test_what_all_ranks_refuse_ends_the_job_with_its_message(tmp_path):
     for words, arguments in {
         "--lr must be 0 or more": ["--lr", "nan"],
-        "3 ranks need a --batch-size": ["--batch-size", 2, "--out", tmp_path / "a"],
+        "3 ranks need as many images in a batch": ["--batch-size", 2, "--out", tmp_path / "a"],
+        "--graph": ["--graph", "--out", tmp_path / "a"],
     }.items():
         code, _, err = mpiexec(3, ROOT / "train.py", *SMALL, *arguments)
-        assert code != 0 and words in err
+        assert code != 0 and words in err and "Traceback" not in err
+        assert not (tmp_path / "a").exists()
 
 
 FAILING = """
 import sys, train
 
-step = train.Run.train_step
-def failing(run):
-    if run.step == 4 and run.ranks.rank == 1:
+step = train.Run.step
+def failing(run, t):
+    if t == 4 and run.ranks.rank == 1:
         raise {error}("the memory of rank 1 is broken")
-    return step(run)
-train.Run.train_step = failing
+    return step(run, t)
+train.Run.step = failing
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -190,7 +201,7 @@ def test_an_error_in_one_rank_ends_the_job_with_its_message(error, tmp_path):
     program = FAILING.format(error=error)
     code, _, err = mpiexec(2, "-c", program, *LONG, "--out", tmp_path / "run")
     assert code != 0 and f"{error}: the memory of rank 1 is broken" in err
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.npz")[1]["progress"]["step"] == 3
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")[1]["progress"]["step"] == 3
 
 
 def running(folder, announced):
@@ -221,7 +232,7 @@ def test_a_killed_rank_ends_the_job_and_leaves_a_checkpoint(rank, tmp_path):
     os.kill(pids[rank], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "Killed" in out + err
-    step = checkpoint.load(tmp_path / "run" / "checkpoint.npz")[1]["progress"]["step"]
+    step = checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")[1]["progress"]["step"]
     resume = ["--resume", tmp_path / "run", "--max-steps", step + 2]
     code, _, err = mpiexec(2, ROOT / "train.py", *LONG, *resume)
     assert (code, err) == (0, "")
@@ -232,5 +243,5 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     process, pids = running(tmp_path / "run", ANNOUNCED)
     os.kill(pids[1], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    step = checkpoint.load(tmp_path / "run" / "checkpoint.npz")[1]["progress"]["step"]
+    step = checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")[1]["progress"]["step"]
     assert process.returncode == 143 and f"SIGTERM: stopped after step {step}" in err
