@@ -26,6 +26,8 @@ import safetensors.numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import test_data  # noqa: E402
+
 import train  # noqa: E402
 from training import checkpoint, data, report, resume  # noqa: E402
 from training.options import UserError  # noqa: E402
@@ -116,31 +118,6 @@ def resummed(raw, rng):
 # ------------------------------------------------------------------------------------ the readers
 
 
-def good_arrays():
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, n in (("train", 12), ("test", 5)):
-        arrays[f"x_{part}"] = rng.integers(0, 256, (n, 6, 6), dtype=np.uint8)
-        arrays[f"y_{part}"] = (np.arange(n) % 4).astype(np.uint8)
-    return arrays
-
-
-def good_idx(folder, end):
-    folder.mkdir()
-    opener = gzip.open if end else open
-    for key, a in good_arrays().items():
-        with opener(folder / (data.IDX[key] + end), "wb") as file:
-            file.write(struct.pack(f">{1 + a.ndim}I", 0x0800 | a.ndim, *a.shape) + a.tobytes())
-    return folder / (data.IDX["x_train"] + end)
-
-
-def good_cifar(folder):
-    folder.mkdir()
-    for name in (*data.CIFAR[0], *data.CIFAR[1]):
-        (folder / name).write_bytes(np.arange(2 * 3073, dtype=np.uint16).astype(np.uint8).tobytes())
-    return folder / data.CIFAR[0][1]
-
-
 def read_data(path):
     dataset = data.load(path)
     for a in dataset[:4]:
@@ -155,80 +132,87 @@ def read_folder(path):
 def read_checkpoint(path):
     config, progress, arrays = resume.load(path, train.Config, {})
     assert isinstance(config, train.Config) and all(a.dtype.kind in "biuf" for a in arrays.values())
-    assert (
-        progress.step >= 0
-        and all(type(v) is float for v in progress.sums)
-        and len(progress.sums) == 3
-    )
+    assert progress.step >= 0 and [type(v) for v in progress.sums] == [float] * 3
 
 
-def cases(folder):
-    """name: (good file, what reads it, ways to damage it)."""
-    np.savez(folder / "data.npz", **good_arrays())
-    np.savez_compressed(folder / "packed.npz", **good_arrays())
+def npz(compressed):
+    return lambda folder: test_data.write_npz(folder / "a.npz", test_data.small(), compressed)
+
+
+def idx(opener, end):
+    def write(folder):
+        folder = test_data.write_idx(folder / "idx", test_data.small(), opener, end)
+        return folder / (data.IDX["x_train"] + end)
+
+    return write
+
+
+def cifar(folder):
+    test_data.write_cifar(folder / "cifar")
+    return folder / "cifar" / data.CIFAR[0][1]
+
+
+def saved(folder):
     meta = {"config": dataclasses.asdict(train.Config())}
     meta["progress"] = dataclasses.asdict(resume.Progress())
     arrays = {"model.W": np.ones((3, 4), np.float32), "optimizer.m": np.zeros(5)}
     checkpoint.save(folder / "checkpoint", arrays, meta)
-    with open(folder / "metrics.csv", "w", encoding="utf-8") as file:
-        print(",".join(report.Log.COLUMNS), *(",".join(["1.5"] * 10) for _ in range(5)), sep="\n",
-              file=file)  # fmt: skip
-    plain, packed = good_idx(folder / "idx", ""), good_idx(folder / "gz", ".gz")
-    zips = [mutated, rezipped]
-    return {
-        "npz": (folder / "data.npz", read_data, zips),
-        "npz, compressed": (folder / "packed.npz", read_data, zips),
-        "IDX": (plain, read_folder, [mutated]),
-        "IDX, gzip": (packed, read_folder, [mutated, regzipped]),
-        "CIFAR-10": (good_cifar(folder / "cifar"), read_folder, [mutated]),
-        "checkpoint": (folder / "checkpoint", read_checkpoint, [mutated, resummed]),
-        "metrics.csv": (folder / "metrics.csv", report.read_metrics, [mutated]),
-    }
+    return folder / "checkpoint"
 
 
+def metrics(folder):
+    rows = [report.Log.COLUMNS] + 5 * [["1.5"] * 10]
+    (folder / "metrics.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    return folder / "metrics.csv"
+
+
+# What writes a good file, what reads it, ways to damage it.
+READERS = {
+    "npz": (npz(False), read_data, [mutated, rezipped]),
+    "npz, compressed": (npz(True), read_data, [mutated, rezipped]),
+    "IDX": (idx(open, ""), read_folder, [mutated]),
+    "IDX, gzip": (idx(gzip.open, ".gz"), read_folder, [mutated, regzipped]),
+    "CIFAR-10": (cifar, read_folder, [mutated]),
+    "checkpoint": (saved, read_checkpoint, [mutated, resummed]),
+    "metrics.csv": (metrics, report.read_metrics, [mutated]),
+}
 REFUSALS = (data.DataError, checkpoint.CheckpointError, UserError)
 
 
-def fuzz(count, seed=0, only=None):
-    """{reader: Counter of what happened}; raises AssertionError at the first bad answer."""
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (path, read, ways) in cases(Path(folder)).items():
-            if only and name not in only:
-                continue
-            good, seen = path.read_bytes(), Counter()
-            read(path)
-            rng = random.Random(f"{seed} {name}")
-            warnings.simplefilter("error")
-            tracemalloc.start()
-            for i in range(count):
-                damaged = rng.choice(ways)(good, rng)
-                path.write_bytes(damaged)
-                tracemalloc.reset_peak()
-                start = tracemalloc.get_traced_memory()[0]
-                try:
-                    read(path)
-                    outcome = "read"
-                except REFUSALS as error:
-                    outcome = "refused"
-                    text = str(error)
-                    assert "\n" not in text and len(text) < 1000, (name, i, text[:300])
-                except BaseException:
-                    kept = Path(tempfile.gettempdir()) / f"fuzz-{name.replace(', ', '-')}-{i}"
-                    kept.write_bytes(damaged)
-                    print(f"{name}, file {i}: kept as {kept}", file=sys.stderr)
-                    raise
-                used = tracemalloc.get_traced_memory()[1] - start
-                assert used < MEMORY, (name, i, used)
-                seen[outcome] += 1
-                seen["peak kB"] = max(seen["peak kB"], used // 1024)
-            tracemalloc.stop()
-            path.write_bytes(good)
-            results[name] = seen
-    return results
+def fuzz(reader, count, seed=0):
+    """Counter of what happened; raises AssertionError at the first bad answer."""
+    write, read, ways = READERS[reader]
+    rng, seen = random.Random(f"{seed} {reader}"), Counter()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        path = write(Path(folder))
+        good = path.read_bytes()
+        read(path)
+        warnings.simplefilter("error")
+        tracemalloc.start()
+        for i in range(count):
+            damaged = rng.choice(ways)(good, rng)
+            path.write_bytes(damaged)
+            tracemalloc.reset_peak()
+            start = tracemalloc.get_traced_memory()[0]
+            try:
+                read(path)
+                outcome = "read"
+            except REFUSALS as error:
+                outcome = "refused"
+                text = str(error)
+                assert "\n" not in text and len(text) < 1000, (reader, i, text[:300])
+            except BaseException:
+                kept = Path(tempfile.gettempdir()) / f"fuzz-{reader.replace(', ', '-')}-{i}"
+                kept.write_bytes(damaged)
+                print(f"{reader}, file {i}: kept as {kept}", file=sys.stderr)
+                raise
+            used = tracemalloc.get_traced_memory()[1] - start
+            assert used < MEMORY, (reader, i, used)
+            seen[outcome] += 1
+            seen["peak kB"] = max(seen["peak kB"], used // 1024)
+        tracemalloc.stop()
+    return seen
 
-
-READERS = ("npz", "npz, compressed", "IDX", "IDX, gzip", "CIFAR-10", "checkpoint", "metrics.csv")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -237,5 +221,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for reader in options.reader or READERS:
-        seen = fuzz(options.count, options.seed, [reader])[reader]
+        seen = fuzz(reader, options.count, options.seed)
         print(f"{reader:16}", json.dumps(seen), flush=True)
