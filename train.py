@@ -34,13 +34,15 @@ from training.optimizers import assign, clip, flatten, schedule
 from training.ranks import Ranks
 from training.threads import in_threads
 
+MIXERS = *relatives.ATTENTION, *relatives.LAYERS
+
 
 @dataclasses.dataclass
 class Config:
     """What determines the weights, with data, threads, ranks, --graph; the defaults are "mnist"."""
 
     preset: str = option("mnist", "mnist, tiny or pixels", choices=("mnist", "tiny", "pixels"))
-    attention: str = option("osa", "what mixes tokens", choices=tuple(relatives.ATTENTION))
+    attention: str = option("osa", "what mixes tokens", choices=MIXERS)
     operator: str = option("fast", "of osa: fast/, or osa_minimal.py", choices=("fast", "paper"))
     skip: bool = option(False, "skip connections")
     norm: bool = option(False, "layer normalisation")
@@ -74,12 +76,13 @@ PRESETS = {
 
 def build(config, image, classes, xp=np):
     """The model of a configuration, drawn from its seed."""
-    attention = relatives.ATTENTION[config.attention]
     if config.attention == "osa" and config.operator == "paper":
         attention = osa_minimal.MultiHeadOSA
-    if config.attention in relatives.LAYERS:  # some have weights for a number of tokens
+    elif config.attention in relatives.LAYERS:  # some have weights for a number of tokens
         tokens = image[0] * image[1] // config.patch**2
-        attention = functools.partial(attention, tokens=tokens)
+        attention = functools.partial(relatives.LAYERS[config.attention], tokens=tokens)
+    else:
+        attention = relatives.ATTENTION[config.attention]
     return relatives.Transformer(
         d=config.width, heads=config.heads, depth=config.depth, patch=config.patch, image=image,
         classes=classes, mlp_ratio=config.mlp_ratio, eta=config.eta or None, attention=attention,

@@ -1,11 +1,17 @@
-"""Orthogonal self-attention as one would write it in PyTorch, for comparison: all under autograd.
+"""Orthogonal self-attention as one would write it in PyTorch, for comparison: under autograd.
 
 Each function takes Q, K, V (b, N, d_v) and α and returns exp(S) V, S = (α/√d_v)(Q Kᵀ − K Qᵀ).
+`osa`, which is examples/osa_torch.py, has its own backward pass.
 """
 
 import math
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from osa_torch import osa  # noqa: E402
 
 
 def _orthonormal_route(B, Q, K, V, s):
@@ -58,4 +64,5 @@ PEERS = {
     "QR + matrix_exp": qr,
     "Newton-Schulz (10) + matrix_exp": newton_schulz,
     "basis-free, augmented matrix_exp": basis_free,
+    "osa_torch (gauge-free backward)": osa,
 }

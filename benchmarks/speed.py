@@ -253,7 +253,8 @@ def draw(result, path):
         left.bar(x, y, width=0.75 / len(names), label=name, color=plt.cm.tab10(i))
     left.set_xticks([j + 0.35 for j in range(len(rows))], [str(tuple(r["shape"])) for r in rows])
     left.set(yscale="log", ylabel="forward + backward, ms", xlabel="(batch · heads, N, d_v)")
-    left.legend(fontsize=7)
+    left.set_ylim(top=30 * left.get_ylim()[1])  # room for the legend
+    left.legend(fontsize=7, ncols=2, loc="upper left")
     for axes, part, xlabel in (
         (middle, "crossing", "tokens N (65,536 in all, d_v = 32)"),
         (right, "scaling", "tokens N (one head, d_v = 32)"),

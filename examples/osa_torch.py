@@ -1,7 +1,6 @@
 """Orthogonal self-attention (Zhang & Martens, arXiv 2602.05996) for PyTorch: copy this file alone.
 
-O = A V, A = exp(S), S = s (Q Kᵀ − K Qᵀ), s = α/√d_v, in time and memory linear in N.  No N × N
-matrix is formed and no QR is differentiated: exp(S) depends on Q and K through S alone.
+Linear in N: exp(S) V, S = s (Q Kᵀ − K Qᵀ), s = α/√d_v, with no N × N matrix and no gradient of QR.
 """
 
 import math
@@ -18,21 +17,21 @@ def times(A, B):
 
 @torch.library.custom_op("osa::exp_phi1", mutates_args=())  # for torch.compile: k is data
 def exp_phi1(Z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """E = exp(Z) − I and F = φ₁(Z) = ∫₀¹ e^{tZ} dt for [Z]; for [Z, D] also their derivatives.
+    """E1 = exp(Z) − I and F = φ₁(Z) = ∫₀¹ e^{tZ} dt for [Z]; for [Z, D] also their derivatives.
 
-    Taylor's series for X = Z/2ᵏ, ‖X‖ ≤ ½; then k times e^{2X} − I = E² + 2E, φ₁(2X) = F + EF/2.
+    Taylor's series at X = Z/2ʲ, ‖X‖ ≤ ½; then j times e^{2X} − I = E1² + 2E1, φ₁(2X) = F + E1 F/2.
     """
     rows = Z[0].abs().sum(dim=-1).nan_to_num(0, 0)  # a bound of ‖Z‖; what is NaN stays NaN
-    k = max(0, math.frexp(rows.max() if rows.numel() else 0)[1] + 1)
+    j = max(0, math.frexp(rows.max() if rows.numel() else 0)[1] + 1)
     I = (torch.eye(len(Z), 1)[..., None, None] * torch.eye(Z.shape[-1])).to(Z)  # [I] or [I, 0]
-    X, terms = Z * 0.5**k, 9 if Z.dtype == torch.float32 else 15  # ½ⁿ/n! below eps
+    X, terms = Z * 0.5**j, 9 if Z.dtype == torch.float32 else 15  # ½ⁿ/n! below eps
     F = I + X / terms
     for n in range(terms - 1, 1, -1):  # Horner: φ₁(X) = I + X/2 (I + X/3 (I + …))
         F = I + times(X, F) / n
-    E = times(X, F)
-    for _ in range(k):
-        E, F = times(E, E) + 2 * E, F + times(E, F) / 2
-    return E, F
+    E1 = times(X, F)
+    for _ in range(j):
+        E1, F = times(E1, E1) + 2 * E1, F + times(E1, F) / 2
+    return E1, F
 
 
 exp_phi1.register_fake(lambda Z: (Z.new_empty(Z.shape), Z.new_empty(Z.shape)))
@@ -44,22 +43,23 @@ class OSA(torch.autograd.Function):
         """Theorem 2.1: P = [Q, K] = B R (batch, N, r), S = B S̃ Bᵀ; O = V + B (exp(S̃) − I) BᵀV."""
         I = torch.eye(min(P.shape[1:]), dtype=P.dtype, device=P.device).expand(len(P), -1, -1)
         B, R = torch.linalg.qr(P) if P.shape[1] > P.shape[2] else (I, P)  # N ≤ r: S is small
-        (q, k), b = R.chunk(2, dim=-1), B.mT @ V
-        U = q @ k.mT - k @ q.mT  # S̃ = s U
-        ctx.save_for_backward(V, s, B, b, U, s * torch.cat([k, -q], dim=-1))
-        return torch.baddbmm(V, B, exp_phi1((s * U)[None])[0][0] @ b)
+        (BtQ, BtK), BtV = R.chunk(2, dim=-1), B.mT @ V
+        U = BtQ @ BtK.mT - BtK @ BtQ.mT  # S̃ = s U
+        ctx.save_for_backward(V, s, B, BtV, U, s * torch.cat([BtK, -BtQ], dim=-1))
+        return torch.baddbmm(V, B, exp_phi1((s * U)[None])[0][0] @ BtV)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dO):
-        """[dQ, dK] = H W, W = s [k, −q], H = B(L − Lᵀ) + (dO − Bg)(F b)ᵀ − (V − Bb)(Fᵀ g)ᵀ."""
-        V, s, B, b, U, W = ctx.saved_tensors
+        """[dQ, dK] = H W, H = B(L−Lᵀ) + (dO − B BᵀdO)(F BᵀV)ᵀ − (V − B BᵀV)(Fᵀ BᵀdO)ᵀ."""
+        V, s, B, BtV, U, W = ctx.saved_tensors
         with torch.autocast(dO.device.type, enabled=False):
-            g = B.mT @ dO
-            (Et, L), (Ft, _) = exp_phi1(torch.stack([-s * U, g @ b.mT]))  # at S̃ᵀ, along g bᵀ
-            y, z = (Ft.mT @ b).mT @ W, (Ft @ g).mT @ W  # H (N, r) itself is not formed
-            dP = torch.baddbmm(dO @ y, B, (L - L.mT) @ W - g @ y + b @ z).baddbmm_(V, z, alpha=-1)
-            return dP, torch.baddbmm(dO, B, Et @ g), (L * U).sum(dim=(-2, -1), keepdim=True)
+            BtdO = B.mT @ dO
+            (E1t, L), (Ft, _) = exp_phi1(torch.stack([-s * U, BtdO @ BtV.mT]))  # at S̃ᵀ
+            y, z = (Ft.mT @ BtV).mT @ W, (Ft @ BtdO).mT @ W  # H (N, r) itself is not formed
+            dP = torch.baddbmm(dO @ y, B, (L - L.mT) @ W - BtdO @ y + BtV @ z)
+            dP.baddbmm_(V, z, alpha=-1)
+            return dP, torch.baddbmm(dO, B, E1t @ BtdO), (L * U).sum(dim=(-2, -1), keepdim=True)
 
 
 def osa(Q, K, V, alpha):

@@ -1,7 +1,7 @@
 """The way out: the trained network as a PyTorch module; osa_torch.py lies beside this file.
-train.py --eval runs/NAME/checkpoint.npz --export model.safetensors    writes the file;
-model = SkiplessTransformer("model.safetensors")                       reads it;
-logits = model((images / 255 - model.mean) / model.std)                images (B, H, H), 0 … 255
+train.py --eval runs/NAME --export model.safetensors       writes the file;
+model = SkiplessTransformer("model.safetensors")           reads it;
+logits = model((images / 255 - model.mean) / model.std)    images (B, H, W[, C]), 0 … 255
 """
 
 import math
@@ -34,7 +34,7 @@ class Layer(Weights):
 
 
 class SkiplessTransformer(nn.Module):
-    """Images (B, H, H) -> logits (B, classes), with the weights of an exported file."""
+    """Images (B, H, W[, C]) -> logits (B, classes), with the weights of an exported file."""
 
     def __init__(self, path):
         super().__init__()
@@ -47,12 +47,13 @@ class SkiplessTransformer(nn.Module):
         starts = [f"layers.{i}." for i in range(int(about["depth"]))]
         parts = [{k[len(s) :]: w for k, w in weights.items() if k.startswith(s)} for s in starts]
         self.layers = nn.ModuleList(Layer(part) for part in parts)
-        self.ends = Weights({k: w for k, w in weights.items() if "." not in k})
+        self.outer = Weights({k: w for k, w in weights.items() if "." not in k})
 
     def forward(self, images):
-        p, ends = self.patch, self.ends
-        patches = images.unfold(1, p, p).unfold(2, p, p).flatten(3).flatten(1, 2)  # (B, N, p²)
-        X = patches @ ends.W_E + ends.b_E
+        p, outer, (B, H, W) = self.patch, self.outer, images.shape[:3]
+        tiles = images.reshape(B, H // p, p, W // p, p, -1).transpose(2, 3)
+        patches = tiles.flatten(3).flatten(1, 2)  # (B, N, p² C)
+        X = patches @ outer.W_E + outer.b_E
         for layer in self.layers:
             X = layer(X, self.slope)
-        return X.mean(dim=1) @ ends.W_C + ends.b_C
+        return X.mean(dim=1) @ outer.W_C + outer.b_C

@@ -40,13 +40,14 @@ def arguments():
 
 
 def crops(padded, chosen, offsets, size):
-    """size × size windows of the images padded[chosen], at offsets (B, 2) from their corners."""
-    rows, columns = (offsets[..., None] + torch.arange(size, device=padded.device)).unbind(1)
+    """Windows of size (H, W) of the images padded[chosen], at offsets (B, 2) from their corners."""
+    windows = (torch.arange(n, device=padded.device) for n in size)
+    rows, columns = (offsets[:, i, None] + window for i, window in enumerate(windows))
     return padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def standardise(images, model):
-    return (images.to(model.ends.W_E.dtype) / 255 - model.mean) / model.std
+    return (images.to(model.outer.W_E.dtype) / 255 - model.mean) / model.std
 
 
 @torch.no_grad()
@@ -69,7 +70,8 @@ def main():
     with np.load(args.data) as file:
         keys = "x_train", "y_train", "x_test", "y_test"
         x, y, *test = (torch.from_numpy(file[k]).to(device) for k in keys)
-    padded, batch_size = functional.pad(x, (args.shift,) * 4), min(args.batch_size, len(x))
+    width = [0, 0] * (x.ndim - 3) + [args.shift] * 4  # of channels, if any, columns and rows
+    padded, batch_size = functional.pad(x, width), min(args.batch_size, len(x))
     per_epoch = len(x) // batch_size
     steps = args.epochs * per_epoch
 
@@ -87,7 +89,7 @@ def main():
             offsets = torch.randint(2 * args.shift + 1, (len(x), 2), generator=generator).to(device)
         start = t % per_epoch * batch_size
         mine = slice(start + batch_size * rank // size, start + batch_size * (rank + 1) // size)
-        images = crops(padded, order[mine], offsets[mine], x.shape[-1])
+        images = crops(padded, order[mine], offsets[mine], x.shape[1:3])
         logits, labels = replica(standardise(images, model)), y[order[mine]].long()
         # The mean over the batch is the mean over the processes of size/batch_size times their sum.
         loss = functional.cross_entropy(logits, labels, reduction="sum") * (size / batch_size)
@@ -102,7 +104,7 @@ def main():
     if rank == 0:
         print_accuracy("after", model, *test)
     if rank == 0 and args.out:
-        weights = {k.removeprefix("ends."): p.data.cpu() for k, p in model.named_parameters()}
+        weights = {k.removeprefix("outer."): p.data.cpu() for k, p in model.named_parameters()}
         with safe_open(args.model, "pt") as file:
             save_file(weights, args.out, file.metadata())
     if size > 1:

@@ -13,7 +13,6 @@ ATTENTION = {
     "xsa": XSA,
     "identity": Identity,
     "fixed-orthogonal": FixedOrthogonal,
-    **LAYERS,
 }
 
 __all__ = ["ATTENTION", "LAYERS", "Transformer"]

@@ -33,6 +33,10 @@ def off_kink(rng, shape):
     return rng.choice([-1.0, 1.0], shape) * rng.uniform(0.1, 1.0, shape)
 
 
+def labelled(z):
+    return ag.cross_entropy(z, ag.array_module(z).asarray(np.array([2, 0, 3])))
+
+
 product_by_hand = ag.operator(lambda a, b: (a * b, (a, b)), lambda g, ab: (g * ab[1], g * ab[0]))
 
 # name: (operation on tensors, how to draw the arguments, their shapes)
@@ -69,18 +73,16 @@ OPERATIONS = {
     "transpose, axes": (lambda a: a.transpose(2, 0, 1), normal, [(2, 3, 4)]),
     "getitem": (lambda a: a[1:, ..., 2], normal, [(3, 4, 5)]),
     "getitem, strides": (lambda a: a[::2, None, ::-1], normal, [(3, 4)]),
-    "concatenate": (
-        lambda *t: ag.concatenate(list(t)),
-        normal,
-        [(2, 3), (2, 1), (2, 4)],
-    ),
+    "concatenate": (lambda *t: ag.concatenate(list(t)), normal, [(2, 3), (2, 1), (2, 4)]),
     "concatenate, axis 0": (lambda *t: ag.concatenate(list(t), axis=0), normal, [(2, 3), (1, 3)]),
     "matmul": (ag.matmul, normal, [(3, 4), (4, 2)]),
     "matmul, batches": (lambda a, b: a @ b, normal, [(2, 3, 4), (2, 4, 5)]),
     "matmul, (..., n, k) by (k, m)": (ag.matmul, normal, [(2, 5, 3, 4), (4, 2)]),
     "matmul, stretched batches": (ag.matmul, normal, [(2, 1, 3, 4), (5, 4, 2)]),
     "matmul, (n, k) by (..., k, m)": (ag.matmul, normal, [(3, 4), (2, 4, 2)]),
+    "linear": (ag.linear, normal, [(2, 5, 3), (3, 4), (4,)]),
     "softmax": (ag.softmax, normal, [(2, 3, 4)]),
+    "cross_entropy": (labelled, normal, [(3, 4)]),
     "negation": (lambda a: -a, normal, [(3, 4)]),
     "b = a + a; c = b + b": (lambda a: (a + a) + (a + a), normal, [(3,)]),
     "diamond": (lambda a: (lambda b: b * b + ag.exp(b))(a + a), normal, [(3, 4)]),
@@ -129,79 +131,64 @@ def test_a_gradient_has_the_dtype_of_its_tensor_beside_a_wider_one(f, narrow, xp
     assert all(t.grad.dtype == t.dtype for t in inputs)
 
 
+def value_and_gradients(f, xp, arrays, change=1.0, frozen=False):
+    """f(*arrays), whose tensors are then multiplied by `change`, and its gradients, on the CPU."""
+    inputs = [Tensor(a, requires_grad=True) for a in arrays]
+    out = f(*inputs)
+    G = xp.asarray(np.random.default_rng(1).standard_normal(out.shape[::-1])).transpose()
+    if frozen:
+        G.flags.writeable = False
+    for t in inputs if change != 1 else ():
+        t.data *= change
+    before = np.array(ag.to_cpu(G))
+    out.backward(G)
+    np.testing.assert_array_equal(ag.to_cpu(G), before)
+    return [np.array(ag.to_cpu(a)) for a in (out.data, *(t.grad for t in inputs))]
+
+
 @each_operation
 def test_inputs_and_the_gradient_passed_in_are_not_modified(name, xp):
     f, arrays = arguments(name, xp)
-    inputs = [Tensor(a, requires_grad=True) for a in arrays]
-    out = f(*inputs)
-    G = xp.asarray(np.random.default_rng(1).standard_normal(out.shape))
-    values = [np.array(ag.to_cpu(a)) for a in (*arrays, G)]
-    if xp is np:  # any write at all would raise
-        for a in (*arrays, G):
-            a.flags.writeable = False
-        out = f(*inputs)
-    out.backward(G)
-    for a, value in zip((*arrays, G), values):
+    values = [np.array(ag.to_cpu(a)) for a in arrays]
+    for a in arrays if xp is np else ():
+        a.flags.writeable = False  # any write at all would raise
+    value_and_gradients(f, xp, arrays, frozen=xp is np)
+    for a, value in zip(arrays, values):
         np.testing.assert_array_equal(ag.to_cpu(a), value)
 
 
 @each_operation
 def test_gradients_are_taken_at_the_values_of_the_forward_pass(name, xp):
     f, arrays = arguments(name, xp)
-    results = []
-    for change in (1.0, -3.0):  # as an optimiser may change weights before another loss is walked
-        inputs = [Tensor(xp.array(a), requires_grad=True) for a in arrays]
-        out = f(*inputs)
-        for t in inputs:
-            t.data *= change
-        out.backward(xp.asarray(np.random.default_rng(1).standard_normal(out.shape)))
-        results.append([ag.to_cpu(a) for a in (out.data, *(t.grad for t in inputs))])
-    for a, b in zip(*results):
+    # An optimiser may change the weights before another loss is walked.
+    kept, changed = (
+        value_and_gradients(f, xp, [xp.array(a) for a in arrays], change) for change in (1, -3)
+    )
+    for a, b in zip(kept, changed):
         np.testing.assert_array_equal(a, b)
 
 
 @each_operation
 def test_memory_layout_makes_no_difference(name, xp):
     f, arrays = arguments(name, xp)
-    results = []
-    for layout in ("contiguous", "strided"):
-        if layout == "strided":  # every second entry of a wider array, read backwards
-            for i, a in enumerate(arrays):
-                wide = np.repeat(np.flip(ag.to_cpu(a))[..., None], 2, axis=-1)
-                arrays[i] = xp.asarray(wide)[..., 0][(slice(None, None, -1),) * a.ndim]
-        inputs = [Tensor(a, requires_grad=True) for a in arrays]
-        out = f(*inputs)
-        G = xp.asarray(np.random.default_rng(1).standard_normal(out.shape[::-1])).transpose()
-        out.backward(G)
-        results.append([ag.to_cpu(a) for a in (out.data, *(t.grad for t in inputs))])
-    for a, b in zip(*results):
+    strided = []  # every second entry of a wider array, read backwards
+    for a in arrays:
+        wide = np.repeat(np.flip(ag.to_cpu(a))[..., None], 2, axis=-1)
+        strided.append(xp.asarray(wide)[..., 0][(slice(None, None, -1),) * a.ndim])
+    for a, b in zip(*(value_and_gradients(f, xp, each) for each in (arrays, strided))):
         # Other strides are summed in another order; sums here have at most 24 terms of size ~ 10.
         np.testing.assert_allclose(a, b, rtol=0, atol=24 * 10 * np.finfo(float).eps)
 
 
 # Python's and NumPy's numbers on either side.
 SCALARS = {
-    "x + 1": lambda x: x + 1,
-    "1.5 + x": lambda x: 1.5 + x,
-    "x - 1": lambda x: x - 1,
-    "1 - x": lambda x: 1 - x,
-    "x * 2.5": lambda x: x * 2.5,
-    "2.5 * x": lambda x: 2.5 * x,
-    "x / 3": lambda x: x / 3,
-    "3 / x": lambda x: 3 / x,
-    "x ** 2": lambda x: x**2,
-    "x ** 0.5": lambda x: x**0.5,
-    "x * True": lambda x: x * True,
-    "x * math.sqrt(2)": lambda x: x * math.sqrt(2),
-    "maximum(x, 1)": lambda x: ag.maximum(x, 1),
-    "0-d of a float": lambda x: x.sum() / 7 + 1.0,
-    "np.float64(2.5) * x": lambda x: np.float64(2.5) * x,
-    "x - np.float64(1)": lambda x: x - np.float64(1),
-    "np.int64(3) / x": lambda x: np.int64(3) / x,
-    "x ** np.float64(1.5)": lambda x: x ** np.float64(1.5),
-    "maximum(x, np.float64(1))": lambda x: ag.maximum(x, np.float64(1)),
-    "leaky_relu by NumPy's numbers": lambda x: ag.leaky_relu(x, np.float64(0.2), np.float64(2)),
-}
+    text: eval(f"lambda x: {text}") for text in (
+        "x + 1", "1.5 + x", "x - 1", "1 - x", "x * 2.5", "2.5 * x", "x / 3", "3 / x", "x ** 2",
+        "x ** 0.5", "x * True", "x * math.sqrt(2)", "ag.maximum(x, 1)", "x.sum() / 7 + 1.0",
+        "np.float64(2.5) * x", "x - np.float64(1)", "np.int64(3) / x", "x ** np.float64(1.5)",
+        "ag.maximum(x, np.float64(1))", "ag.leaky_relu(x, np.float64(0.2), np.float64(2))",
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCALARS)
@@ -248,9 +235,8 @@ def test_cross_entropy_is_the_mean_of_minus_log_softmax_at_the_label(xp, rng):
     slow = 0.0
     for row, label in zip(logits, labels):
         slow -= math.log(math.exp(row[label]) / math.fsum(math.exp(z) for z in row)) / 5
-    z, y = xp.asarray(logits), xp.asarray(labels)
-    assert abs(float(ag.cross_entropy(Tensor(z), y).data) - slow) < 20 * np.finfo(float).eps
-    assert ag.gradient_check(lambda t: ag.cross_entropy(t, y), z) < CHECK
+    loss = ag.cross_entropy(Tensor(xp.asarray(logits)), xp.asarray(labels))
+    assert loss.shape == () and abs(float(loss.data) - slow) < 20 * np.finfo(float).eps
 
 
 def test_cross_entropy_and_softmax_survive_large_logits(xp):
@@ -263,26 +249,13 @@ def test_cross_entropy_and_softmax_survive_large_logits(xp):
     np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-15)
 
 
-def test_cross_entropy_stays_float32(xp, rng):
-    z = Tensor(xp.asarray(rng.standard_normal((5, 4)).astype(np.float32)), requires_grad=True)
-    loss = ag.cross_entropy(z, xp.asarray(np.array([0, 1, 2, 3, 0])))
-    loss.backward()
-    assert loss.dtype == z.grad.dtype == np.float32
-    assert loss.shape == ()
-
-
 @pytest.mark.parametrize(
-    "logits, labels",
-    [
-        (np.ones((2, 3)), np.ones((2, 3), int)),
-        (np.ones((2, 3)), np.ones(3, int)),
-        (np.ones((2, 3)), np.ones(2)),
-        (np.ones(3), np.ones(3, int)),
-    ],
+    "logits, labels, kind",
+    [((2, 3), (2, 3), int), ((2, 3), 3, int), ((2, 3), 2, float), (3, 3, int)],
 )
-def test_cross_entropy_refuses_wrong_labels_by_name(logits, labels):
+def test_cross_entropy_refuses_wrong_labels_by_name(logits, labels, kind):
     with pytest.raises(ValueError, match="labels"):
-        ag.cross_entropy(Tensor(logits), labels)
+        ag.cross_entropy(Tensor(np.ones(logits)), np.ones(labels, kind))
 
 
 # ---------------------------------------------------------------------------------- the graph
@@ -324,23 +297,21 @@ def test_a_shared_node_passes_its_gradient_on_once():
     assert a.grad.tolist() == [4.0]
 
 
-def test_gradients_accumulate_over_graphs(xp, rng):
-    a, G = rng.standard_normal((2, 3, 4))
-    x = Tensor(xp.asarray(a), requires_grad=True)
-    (x * x).backward(xp.asarray(G))
-    first = x.grad
-    (x * 3.0).backward(xp.asarray(G))
-    np.testing.assert_array_equal(ag.to_cpu(x.grad), 2 * a * G + 3.0 * G)
-    assert x.grad is first  # in place: it may be a view of one array for all gradients
-
-
-def test_gradients_are_added_to_views_of_one_array(xp, rng):
+@pytest.mark.parametrize("views", [False, True])
+def test_gradients_accumulate_over_graphs_in_place_also_in_views_of_one_array(views, xp, rng):
     a, b, G = rng.standard_normal((3, 2, 3))
     x, y = (Tensor(xp.asarray(v), requires_grad=True) for v in (a, b))
-    joined = xp.ones(12)
-    x.grad, y.grad = joined[:6].reshape(2, 3), joined[6:].reshape(2, 3)
+    if views:
+        joined = xp.zeros(12)
+        x.grad, y.grad = joined[:6].reshape(2, 3), joined[6:].reshape(2, 3)
     (x * y).backward(xp.asarray(G))
-    np.testing.assert_array_equal(ag.to_cpu(joined), 1 + np.ravel([b * G, a * G]))
+    first = x.grad
+    (x * 3.0).backward(xp.asarray(G))
+    wanted = np.array([b * G + 3.0 * G, a * G])
+    if views:
+        np.testing.assert_array_equal(ag.to_cpu(joined), wanted.ravel())
+    np.testing.assert_array_equal([ag.to_cpu(t.grad) for t in (x, y)], wanted)
+    assert x.grad is first
 
 
 def test_gradients_share_no_memory_with_each_other_or_with_the_one_passed_in(rng):
@@ -405,18 +376,23 @@ def test_backward_refuses_what_it_cannot_do():
         (x + 1).backward(2.0)
     with pytest.raises(RuntimeError, match="requires no gradient"):
         (Tensor(np.ones(3)) * 2).backward(np.ones(3))
-    for gradients, what in (
-        (lambda g: [g[0]], r"\(3,\) for an argument \(2, 3\)"),
-        (lambda g: [None], "None for an argument"),
-        (lambda g: [g, g], "2 gradients for 1 arguments"),
-    ):
 
-        def misled(a):
-            return a * 1, None
 
-        wrong = ag.operator(misled, lambda g, saved, gradients=gradients: gradients(g))
-        with pytest.raises(ValueError, match=f"misled gave.*{what}"):
-            wrong(x).backward(np.ones((2, 3)))
+MISLED = {
+    r"\(3,\) for an argument \(2, 3\)": lambda g, _: [g[0]],
+    "None for an argument": lambda g, _: [None],
+    "2 gradients for 1 arguments": lambda g, _: [g, g],
+}
+
+
+@pytest.mark.parametrize("what", MISLED)
+def test_a_wrong_number_or_shape_of_gradients_is_refused_by_the_operators_name(what):
+    def misled(a):
+        return a * 1, None
+
+    x = Tensor(np.ones((2, 3)), requires_grad=True)
+    with pytest.raises(ValueError, match=f"misled gave.*{what}"):
+        ag.operator(misled, MISLED[what])(x).backward(np.ones((2, 3)))
 
 
 def test_a_number_is_gradient_enough_for_a_tensor_of_one_entry(xp):
@@ -508,17 +484,9 @@ def test_operator_plugs_a_manual_backward_into_the_graph(xp, rng):
 
 @pytest.mark.parametrize(
     "shape, stretched",
-    [
-        ((3, 4), (3, 4)),
-        ((), (2, 3)),
-        ((1,), (4,)),
-        ((4,), (3, 4)),
-        ((3, 1), (2, 3, 4)),
-        ((1, 1, 1), (2, 3, 4)),
-        ((2, 1, 4), (2, 3, 4)),
-        ((1, 4), (0, 4)),
-    ],
-)
+    [((3, 4), (3, 4)), ((), (2, 3)), ((1,), (4,)), ((4,), (3, 4)), ((3, 1), (2, 3, 4)),
+     ((1, 1, 1), (2, 3, 4)), ((2, 1, 4), (2, 3, 4)), ((1, 4), (0, 4))],
+)  # fmt: skip
 def test_unbroadcast_is_the_adjoint_of_broadcasting(shape, stretched, xp, rng):
     x, g = rng.standard_normal(shape), rng.standard_normal(stretched)
     back = ag.unbroadcast(xp.asarray(g), shape)
@@ -542,34 +510,32 @@ def test_gradient_check_sees_a_gradient_off_by_one_thousandth(xp, rng):
     assert ag.gradient_check(scaled_vjp(xp.sin, xp.cos, 1.001), a) > 1e-4
 
 
-def test_gradient_check_sees_one_wrong_argument_among_many(rng):
-    def backward(g, saved):
-        return g * 1.0, g * 1e-3 * 1.001
+def softmax_alone(a):
+    p = np.exp(a) / np.exp(a).sum()
+    return p, p
 
+
+# name: (operator with a wrong VJP, sizes of its arguments, how large the error is at least)
+WRONG_VJPS = {
     # b counts for a thousandth of a: checked together with a, its error would be lost.
-    f = ag.operator(lambda a, b: (a + 1e-3 * b, None), backward)
-    assert ag.gradient_check(f, rng.standard_normal(5), rng.standard_normal(5)) > 1e-4
-
-
-def test_gradient_check_sees_a_missing_term(rng):
-    f = ag.operator(lambda a: (a + a.sum(), None), lambda g, saved: [g])
-    assert ag.gradient_check(f, rng.standard_normal(5)) > 1e-2
-
-
-def test_gradient_check_sees_errors_that_ones_would_hide(rng):
-    def softmax(a):
-        p = np.exp(a) / np.exp(a).sum()
-        return p, p
-
+    "one argument of two": (
+        lambda a, b: (a + 1e-3 * b, None), lambda g, _: (g * 1.0, g * 1e-3 * 1.001), (5, 5), 1e-4),
+    "a missing term": (lambda a: (a + a.sum(), None), lambda g, _: [g], (5,), 1e-2),
     # ⟨1, softmax⟩ = 1 is constant, so with a cotangent of ones any scale of this VJP passes.
-    f = ag.operator(softmax, lambda g, p: [1.001 * p * (g - (g * p).sum())])
-    assert ag.gradient_check(f, rng.standard_normal(5)) > 1e-4
+    "what a cotangent of ones would hide": (
+        softmax_alone, lambda g, p: [1.001 * p * (g - (g * p).sum())], (5,), 1e-4),
     # An error of mean zero, which a tangent of ones does not feel.
-    f = ag.operator(
+    "what a tangent of ones would hide": (
         lambda a: (a.sum(keepdims=True), None),
-        lambda g, saved: [g * np.array([1.1, 0.9, 1.2, 0.8])],
-    )
-    assert ag.gradient_check(f, rng.standard_normal(4)) > 1e-2
+        lambda g, _: [g * np.array([1.1, 0.9, 1.2, 0.8])], (4,), 1e-2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_VJPS)
+def test_gradient_check_sees(name, rng):
+    forward, backward, sizes, least = WRONG_VJPS[name]
+    arrays = [rng.standard_normal(n) for n in sizes]
+    assert ag.gradient_check(ag.operator(forward, backward), *arrays) > least
 
 
 def test_a_cotangent_of_ones_is_blind_to_an_orthogonal_map_where_gradient_check_is_not(rng):
@@ -661,17 +627,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("state", BROKEN)
-def test_auto_falls_back_to_the_cpu_and_says_why(state, monkeypatch):
+def test_without_a_working_gpu_auto_takes_the_cpu_and_cuda_names_the_remedy(state, monkeypatch):
     fake, why = BROKEN[state]
     monkeypatch.setitem(sys.modules, "cupy", fake)
     module, reason = find_device("auto")
     assert module is np and why in reason and "\n" not in reason
-
-
-@pytest.mark.parametrize("state", BROKEN)
-def test_cuda_without_a_working_gpu_is_an_error_that_names_the_remedy(state, monkeypatch):
-    fake, why = BROKEN[state]
-    monkeypatch.setitem(sys.modules, "cupy", fake)
     with pytest.raises(RuntimeError, match=r"requirements-cuda1\d\.txt") as error:
         find_device("cuda")
     assert why in str(error.value)
@@ -683,14 +643,6 @@ def test_a_gpu_that_computes_is_found_and_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", fake)
     module, reason = find_device(name)
     assert module is fake and "a fake GPU" in reason
-
-
-@pytest.mark.parametrize("card, used", [(0, 0), (2, 2), (4, 1)])
-def test_of_several_gpus_each_process_takes_one_round_and_round(card, used, monkeypatch):
-    fake = fake_cupy(RIGHT)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    find_device("auto", card)
-    assert fake.cuda.Device.mock_calls[:2] == [mock.call(used), mock.call().use()]
 
 
 def test_cpu_is_numpy_and_does_not_import_cupy(monkeypatch):

@@ -135,6 +135,26 @@ def test_an_exercise_not_done_says_so(path, monkeypatch):
                 run_cells(exercise, monkeypatch, grade_id(cell), skipped)
 
 
+ANSWERS = [(p, grade_id(c)) for p in SOLUTIONS for c in code_cells(read(p))
+           if grade_id(c).startswith("answer")]  # fmt: skip
+SOLUTION = re.compile(
+    rf"def (\w+)\([^\n]*\n(?:[^\n]*\n)?( *){make_exercises.BEGIN}\n.*?{make_exercises.END}",
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("path, answer", ANSWERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_forgotten_return_is_named(path, answer, monkeypatch):
+    notebook = read(path)
+    cell = next(source(c) for c in code_cells(notebook) if grade_id(c) == answer)
+    found = list(SOLUTION.finditer(cell))
+    assert len(found) == cell.count(make_exercises.BEGIN)
+    for match in found:
+        forgotten = cell[: match.start(2)] + match[2] + "pass" + cell[match.end() :]
+        with pytest.raises(AssertionError, match=f"{match[1]} gives back nothing: .*return"):
+            run_cells(notebook, monkeypatch, answer.replace("answer", "check"), {answer: forgotten})
+
+
 # grade_id of an answer: (a plausible wrong answer, what the check says).  Functions that are not
 # given here keep the definition of the solution.
 WRONG = {

@@ -49,6 +49,17 @@ def test_the_committed_notebook_is_a_complete_run(path):
     assert not found, f"absolute path: {found.group()}"
 
 
+FOLDERS = (FOLDER, FOLDER / "exercises", FOLDER / "solutions")
+ALL = [path for folder in FOLDERS for path in sorted(folder.glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_nbconvert_would_write_a_py_file(path):
+    about = json.loads(path.read_text(encoding="utf-8"))["metadata"]["language_info"]
+    assert about["file_extension"] == ".py" and about["nbconvert_exporter"] == "python"
+    assert about["mimetype"] == "text/x-python"
+
+
 @pytest.mark.filterwarnings("default")  # Jupyter's own warnings are not ours to mend
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_the_notebook_runs(path, monkeypatch):

@@ -128,6 +128,16 @@ def test_exp_phi1_is_scipys_expm_and_the_integral_of_it(spectrum, skew, dtype, r
     close(F, cases.phi1(Z), tol)
 
 
+@pytest.mark.parametrize("theta", [1e-30, 0.25, 0.5])
+def test_exp_phi1_in_one_plane_is_cosine_and_sine_to_the_last_digits(theta, dtype):
+    """Up to ‖Z‖ = ½ nothing is doubled, and the series alone must be right."""
+    I, J = np.eye(2), np.array([[0, 1], [-1, 0]])
+    E, F = osa.exp_phi1((theta * J).astype(dtype))
+    eps = np.finfo(dtype).eps
+    close(E, math.cos(theta) * I + math.sin(theta) * J, 2 * eps)
+    close(F, (math.sin(theta) * I + 2 * math.sin(theta / 2) ** 2 * J) / theta, 2 * eps)
+
+
 @pytest.mark.parametrize("size", [0, 1e-200, 1, 1e200])
 @pytest.mark.parametrize("frechet", [osa.frechet, fast.small.frechet_skew])
 def test_frechet_derivative_is_the_corner_of_a_block_triangular_exp(

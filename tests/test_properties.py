@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 import pytest
+from cases import cast
 
 import fast
 import osa_minimal as osa
@@ -104,10 +105,6 @@ def tolerance(Q, sigma):
     return 16 * (Q.shape[-2] + 2 * Q.shape[-1]) * float(np.finfo(Q.dtype).eps) * max(1, sigma)
 
 
-def exact(*arrays):
-    return [a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in arrays]
-
-
 # --------------------------------------------------------------------------- forward and backward
 
 
@@ -130,7 +127,7 @@ def test_the_output_is_the_dense_definition_or_a_refusal(arrays, route):
         return
     if route == "gram" and sigma > 1:
         return  # `auto` takes it only where it is accurate; it is not held to this when asked for
-    tol, wide = tolerance(Q, sigma), exact(Q, K, V, alpha)
+    tol, wide = tolerance(Q, sigma), cast(np.float64, Q, K, V, alpha)
     norm = np.linalg.norm(wide[2], axis=-2)
     assert (abs(np.linalg.norm(result.astype(float), axis=-2) - norm) <= tol * size(V)).all()
     if tol < 0.1:
@@ -153,7 +150,7 @@ def test_gradients_are_those_of_the_dense_definition_or_a_refusal(arrays, route)
         assert not finite_in(Q.dtype, max(s * P, 1) * P * max(P, 1) * largest), grads
         return
     tol = tolerance(Q, sigma)
-    wide, wide_dO = exact(Q, K, V, alpha), dO.astype(float)
+    wide, wide_dO = cast(np.float64, Q, K, V, alpha), dO.astype(float)
     wanted = fast.osa_backward(wide_dO, fast.osa_forward(*wide, "dense")[1])
     # What underflows on the way may be multiplied by s, P twice, V and dO, and is summed.
     tiny = float(np.finfo(Q.dtype).tiny) * Q.size * max(1, s) * max(1, P) ** 2
@@ -172,7 +169,7 @@ def test_scores_matrix_and_angles_are_those_of_the_definition(arrays):
     sigma = s * size(Q, K)
     if not finite_in(Q.dtype, sigma, size(Q, K), size(Q), size(K)):
         return
-    tol, wide = tolerance(Q, sigma), exact(Q, K, alpha)
+    tol, wide = tolerance(Q, sigma), cast(np.float64, Q, K, alpha)
     S = unchanged(osa.skew_scores, Q, K, alpha)
     A, B = (unchanged(f, Q, K, alpha) for f in (fast.attention_matrix, osa.attention_matrix))
     theta = unchanged(osa.rotation_angles, Q, K, alpha)
@@ -215,8 +212,6 @@ def test_nan_and_inf_are_refused_by_name(arrays, name, bad):
 
 SHAPES = [(), (0,), (3,), (0, 2), (3, 0), (3, 2), (4, 2), (3, 1), (1, 3, 2), (0, 3, 2), (2, 3, 2)]
 DTYPES = [np.float32, np.float64, np.float16, np.int64, bool, complex, object, ">f8", "U1"]
-
-
 KIND = st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES))
 
 

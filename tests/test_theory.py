@@ -5,17 +5,8 @@ import math
 import numpy as np
 import pytest
 
+import osa_minimal as osa
 from autograd import Tensor
-from osa_minimal import (
-    MLP,
-    MultiHeadOSA,
-    calibrate_alpha,
-    init_mosa,
-    jacobian_bound,
-    patchify,
-    random_orthogonal,
-    tailored_slope,
-)
 from training import data
 
 N, d = 16, 32
@@ -31,7 +22,7 @@ def tokens(kind, rng):
         return 0.1 * rng.standard_normal((N, d)) + rng.standard_normal(d)
     images = data.load().x_train[:1].astype(np.float64)
     images = (images - images.mean()) / images.std()
-    return patchify(images, 7)[0] @ random_orthogonal(49, d, rng, np.float64)
+    return osa.patchify(images, 7)[0] @ osa.random_orthogonal(49, d, rng, np.float64)
 
 
 def jacobian(f, X):
@@ -46,16 +37,16 @@ def layer(kind, heads, s_norm, seed=0):
     """A layer of `heads` heads whose largest ‖S‖₂ on X is s_norm in every head, and X."""
     rng = np.random.default_rng(seed)
     X = tokens(kind, rng)
-    attention = MultiHeadOSA(d, heads, rng, dtype=np.float64)
+    attention = osa.MultiHeadOSA(d, heads, rng, dtype=np.float64)
     F = attention.project(Tensor(X[None])).data
     d_v = d // heads
     Q, K = F[..., :d_v], F[..., d_v : 2 * d_v]
-    attention.parameters["alpha"].data = calibrate_alpha(Q, K, s_norm)
+    attention.parameters["alpha"].data = osa.calibrate_alpha(Q, K, s_norm)
     return attention, X
 
 
 def bound(attention, X):
-    return jacobian_bound(X, *(attention.parameters[k].data for k in ("W_QK", "W_V", "alpha")))
+    return osa.jacobian_bound(X, *(attention.parameters[k].data for k in ("W_QK", "W_V", "alpha")))
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "correlated", "nearly equal", "MNIST"])
@@ -76,8 +67,8 @@ def test_singular_values_of_the_jacobian_are_within_the_bound_and_the_bound_is_s
 def test_the_bound_is_proportional_to_alpha_for_small_alpha():
     rng = np.random.default_rng(1)
     X = rng.standard_normal((N, d))
-    p = init_mosa(d, 4, rng, alpha=1e-6, dtype=np.float64)
-    epsilon, half = (jacobian_bound(X, p["W_QK"], p["W_V"], a * p["alpha"]) for a in (1, 0.5))
+    p = osa.init_mosa(d, 4, rng, alpha=1e-6, dtype=np.float64)
+    epsilon, half = (osa.jacobian_bound(X, p["W_QK"], p["W_V"], a * p["alpha"]) for a in (1, 0.5))
     # The third term is of second order, about ‖S‖₂ ~ 1e-5 of the others.
     assert half == pytest.approx(epsilon / 2, rel=1e-4)
 
@@ -89,8 +80,8 @@ def test_an_mlp_of_ratio_1_is_within_the_slopes_and_a_wider_one_is_not(ratio, bo
     W_1 W_2 of a wider MLP is a corner of a larger orthogonal matrix, with singular values near 0.
     """
     rng = np.random.default_rng(2)
-    slope = tailored_slope(16, 0.5)
-    mlp = MLP(d, ratio, slope, rng, dtype=np.float64)
+    slope = osa.tailored_slope(16, 0.5)
+    mlp = osa.MLP(d, ratio, slope, rng, dtype=np.float64)
     J = jacobian(mlp, rng.standard_normal((4, d)))
     sigma = np.linalg.svd(J, compute_uv=False) / math.sqrt(2 / (1 + slope**2))
     rounding = 100 * d * np.finfo(float).eps
@@ -103,13 +94,13 @@ def test_an_mlp_of_ratio_1_is_within_the_slopes_and_a_wider_one_is_not(ratio, bo
 def test_a_network_of_ratio_1_is_within_the_product_of_its_layers_bounds():
     """L layers: σ in Π gain·a·(1 − ε_l) … Π gain·(1 + ε_l)."""
     rng = np.random.default_rng(3)
-    depth, slope = 4, tailored_slope(4, 0.5)
+    depth, slope = 4, osa.tailored_slope(4, 0.5)
     gain, low, high = math.sqrt(2 / (1 + slope**2)), 1.0, 1.0
     X = tokens("gaussian", rng)
     Y, layers = X, []
     for seed in range(depth):
         attention, _ = layer("gaussian", 4, 0.02, seed)
-        mlp = MLP(d, 1, slope, rng, dtype=np.float64)
+        mlp = osa.MLP(d, 1, slope, rng, dtype=np.float64)
         epsilon = bound(attention, Y)
         low, high = low * gain * slope * (1 - epsilon), high * gain * (1 + epsilon)
         layers.append((attention, mlp))

@@ -17,6 +17,7 @@ from torch_model import SkiplessTransformer  # noqa: E402
 
 SIZES = {
     "16 tokens": dict(d=24, heads=2, depth=3, patch=3, image=(12, 12), classes=5, mlp_ratio=2),
+    "colour": dict(d=8, heads=2, depth=2, patch=2, image=(8, 6, 3), classes=4, mlp_ratio=1),
     "one token": dict(d=8, heads=4, depth=1, patch=4, image=(4, 4), classes=3, mlp_ratio=1),
 }
 
@@ -42,7 +43,7 @@ def test_logits_and_gradients_are_ours_in_float64(sizes, rng, tmp_path):
     np.testing.assert_allclose(got.detach().numpy(), logits.data, rtol=0, atol=1e-12)
     ag.cross_entropy(logits, labels).backward()
     torch.nn.functional.cross_entropy(got, torch.tensor(labels)).backward()
-    named = {k.removeprefix("ends."): p for k, p in theirs.named_parameters()}
+    named = {k.removeprefix("outer."): p for k, p in theirs.named_parameters()}
     assert set(named) == set(arrays)
     for k, p in ours.parameters.items():
         np.testing.assert_allclose(named[k].grad.numpy(), p.grad, rtol=0, atol=1e-12, err_msg=k)

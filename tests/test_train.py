@@ -286,9 +286,12 @@ def test_help_names_every_option_and_exits_0():
 # ------------------------------------------------------------------------------------ every arm
 
 
+FIVE = ["osa", "softmax", "xsa", "identity", "fixed-orthogonal"]
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["no norm", "norm"])
 @pytest.mark.parametrize("skip", [False, True], ids=["skipless", "skip"])
-@pytest.mark.parametrize("attention", relatives.ATTENTION)
+@pytest.mark.parametrize("attention", FIVE)
 def test_two_steps_of_every_arm(attention, skip, norm, small, tmp_path):
     arm = ["--attention", attention, *["--skip"] * skip, *["--norm"] * norm]
     succeed(*small, *arm, "--max-steps", 2, "--out", tmp_path)
@@ -299,7 +302,15 @@ def test_two_steps_of_every_arm(attention, skip, norm, small, tmp_path):
     assert (config["attention"], config["skip"], config["norm"]) == (attention, skip, norm)
 
 
-@pytest.mark.parametrize("attention", ["softmax", "xsa", "identity", "fixed-orthogonal"])
+@pytest.mark.parametrize("attention", relatives.LAYERS)
+def test_two_steps_of_every_relative(attention, small, tmp_path):
+    """With skips and LayerNorm, which most of them assume; 4 tokens."""
+    arm = ["--attention", attention, "--skip", "--norm", "--patch", 7, "--max-steps", 2]
+    succeed(*small, *arm, "--out", tmp_path)
+    assert all(math.isfinite(float(row[k])) for row in rows_of(tmp_path) for k in COLUMNS[:7])
+
+
+@pytest.mark.parametrize("attention", FIVE[1:])
 def test_one_head_is_enough_for_every_attention_without_angles(attention, small, tmp_path):
     arguments = ["--attention", attention, "--heads", 1, "--max-steps", 2]
     succeed(*small, *arguments, "--out", tmp_path)
@@ -335,8 +346,7 @@ def test_an_arm_without_rotations_reports_none_and_still_has_its_curves(small, t
 
 
 def test_the_arms_are_the_documented_five_and_the_relatives():
-    five = ["osa", "softmax", "xsa", "identity", "fixed-orthogonal"]
-    assert list(relatives.ATTENTION) == [*five, *relatives.LAYERS]
+    assert list(relatives.ATTENTION) == FIVE and set(FIVE).isdisjoint(relatives.LAYERS)
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)
@@ -507,7 +517,7 @@ def test_a_run_is_float32_throughout(optimizer, small):
     assert {p.grad.dtype for p in run.parameters.values()} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("attention", relatives.ATTENTION)
+@pytest.mark.parametrize("attention", FIVE)
 def test_every_parameter_belongs_to_exactly_one_optimizer(attention, small):
     run, names = prepare(small, "--attention", attention, "--adam-lr", 0.02), []
     for optimizer, part, rate in run.updates:
