@@ -1,9 +1,9 @@
 """Kills a tiny training run again and again: `python tests/kill_training.py 50`.
 
 Every second kill is at a random moment; the others are inside a save, which the run announces and
-draws out.  After each kill the newest checkpoint must load, and the run goes on with --resume;
-at the end its weights must equal, bit for bit, those of a run that nobody killed.  A run takes
-signals too: with --signal SIGINT, SIGTERM or SIGHUP it must say so, and end with the same weights.
+draws out.  After each kill the newest checkpoint must load, and the run goes on with --resume; at
+the end its weights and rows must equal, bit for bit, those of a run that nobody killed.  A run
+takes signals too: with --signal SIGINT, SIGTERM or SIGHUP it must say so, and end the same.
 A short form runs among the tests (test_faults.py).
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training import checkpoint  # noqa: E402
+from training import checkpoint, report  # noqa: E402
 
 SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM", "SIGHUP")
 OPTIONS = """--preset tiny --width 16 --limit-data 50 --batch-size 10 --warmup 5 --log-every 2
@@ -72,6 +72,11 @@ def finish(folder, epochs):
     assert process.returncode == 0, err
 
 
+def rows(folder):
+    """metrics.csv without its last column, the seconds."""
+    return [list(row.values())[:-1] for row in report.read_metrics(folder / "metrics.csv")]
+
+
 def weights(folder):
     arrays, meta = checkpoint.load(folder / "checkpoint.safetensors")
     return {k: a.tobytes() for k, a in arrays.items()}, meta["progress"]["step"]
@@ -115,7 +120,7 @@ def torment(count, epochs, signal_name="SIGKILL", seed=0, tell=lambda seen: None
             assert step >= before, (before, step)  # nothing saved is lost
             tell(seen)
         finish(torn, epochs)
-        assert weights(torn) == (wanted, last)
+        assert weights(torn) == (wanted, last) and rows(torn) == rows(whole)
         assert not list(torn.glob("*.tmp"))  # the later run has put them away
     return seen
 

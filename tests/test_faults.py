@@ -82,8 +82,8 @@ def test_a_second_run_in_the_folder_is_refused_and_touches_nothing(tmp_path):
             for line in process.stdout:
                 if line.startswith("step 4/"):  # the first epoch is saved
                     break
-        resumed = refuse("--resume", tmp_path / "run", "--device", "cpu")
-        begun = refuse(*SMALL, "--out", tmp_path / "run")
+        resumed = refuse("--resume", tmp_path / "run", "--max-steps", 1)
+        begun = refuse(*SMALL, "--max-steps", 1, "--out", tmp_path / "run")
     finally:
         process.kill()
         process.communicate()

@@ -434,7 +434,7 @@ def test_rows_after_a_signal_average_as_many_steps_as_without_it(small, tmp_path
 
     def third(*args):
         calls.append(args)
-        if len(calls) == 4:  # the row of the second step asks too
+        if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return schedule(*args)
 
@@ -445,12 +445,14 @@ def test_rows_after_a_signal_average_as_many_steps_as_without_it(small, tmp_path
     assert but_seconds(tmp_path / "parts") == but_seconds(tmp_path / "whole")
 
 
-def test_other_images_are_standardised_as_the_training_images_were(trained, small, tmp_path):
-    arrays = dict(np.load(small[-1]))
+def test_other_images_are_tested_as_the_training_images_were_but_not_trained_on(
+    trained, small, tmp_path
+):
+    arrays, other = dict(np.load(small[-1])), ["--data", tmp_path / "dark.npz", "--device", "cpu"]
     np.savez(tmp_path / "dark.npz", **arrays | {"x_train": arrays["x_train"] // 4})
-    out = succeed("--eval", trained / NAME, "--data", tmp_path / "dark.npz")
-    accuracy = json_of(trained / "summary.json")["test_accuracy"]
-    assert f"test accuracy {accuracy:.2%}" in out  # the test images are the same
+    accuracy = json_of(trained / "summary.json")["test_accuracy"]  # of the same test images
+    assert f"test accuracy {accuracy:.2%}" in succeed("--eval", trained / NAME, *other)
+    assert "not the images it was trained on" in refuse("--resume", trained, *other)
 
 
 def test_a_checkpoint_is_saved_after_each_epoch_and_each_minute(small, tmp_path, monkeypatch):
@@ -806,10 +808,18 @@ def test_another_configuration_is_refused_by_its_first_field_that_differs(option
     assert weights(trained) == before
 
 
-def test_a_checkpoint_of_other_images_is_refused(trained):
-    refuse("--eval", trained / NAME, "--data", data.BUNDLED, "--device", "cpu")
-    line = refuse("--resume", trained, "--data", data.BUNDLED, "--device", "cpu")
-    assert "not the images it was trained on" in line or "not those of this configuration" in line
+@pytest.mark.parametrize("option", ["--eval", "--resume"])
+def test_a_checkpoint_of_images_of_another_size_is_refused(option, trained):
+    refuse(option, trained / NAME, "--data", data.BUNDLED, "--device", "cpu")
+
+
+def test_a_state_with_nan_is_never_saved(small, tmp_path):
+    run, message = prepare(small), "contains NaN or Inf, at step 0; none was saved yet"
+    run.weights[7] = np.nan
+    with pytest.raises(FloatingPointError, match=message):
+        with resume.Saver(tmp_path, run, resume.Progress()) as saver:
+            saver.save()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(trained, small):
