@@ -493,6 +493,15 @@ def test_colour_and_rectangular_images_train_and_are_tested_alone(tmp_path):
     assert f"test accuracy {accuracy:.2%}" in out
 
 
+def test_rows_after_the_checkpoint_are_written_anew(small, tmp_path):
+    succeed(*small, "--max-steps", 3, "--out", tmp_path)
+    saved = (tmp_path / NAME).read_bytes()
+    for steps in (5, 4):
+        (tmp_path / NAME).write_bytes(saved)
+        succeed("--resume", tmp_path, "--max-steps", steps, "--device", "cpu")
+        assert [row["step"] for row in rows_of(tmp_path)] == list("12345")[:steps]
+
+
 @pytest.mark.parametrize("steps", [5, 2])
 def test_a_run_resumed_for_no_further_step_stays_as_it_was(steps, trained, small):
     before = weights(trained)
