@@ -137,7 +137,6 @@ class Tensor:
         if grad.shape != self.shape or grad.dtype != self.dtype:
             got = f"{grad.dtype} {grad.shape}"
             raise ValueError(f"grad must be {self.dtype} {self.shape} as the tensor, got {got}")
-
         grads = {id(self): grad}
         for node in reversed(topological_order(self)):
             g = grads.pop(id(node))
@@ -176,8 +175,7 @@ def topological_order(output):
     Why an order at all: in `b = a + a; c = b + b` the node b is reached twice from c.  Passing
     its gradient on at each visit would send the first half twice; b must wait until both halves
     have arrived.  In a topological order every child comes after its parents, so, walked
-    backwards, a node's gradient is complete when its turn comes.
-    The depth-first search keeps its own stack: recursion would overflow on long chains.
+    backwards, a node's gradient is complete when its turn comes.  (Recursion would overflow.)
     """
     order, seen, stack = [], {id(output)}, [(output, iter(output._parents))]
     while stack:
@@ -339,8 +337,11 @@ def leaky_relu(a, slope, gain=1.0):
     low = gain * slope * a.data if slope else 0  # not 0 · ∞
     out = array_module(a).maximum(gain * a.data, low)
 
-    def vjp(g):  # arithmetic on the mask is 6 times faster than `where`
-        return ((out > 0).astype(g.dtype) * (gain * (1 - slope)) + gain * slope) * g
+    def vjp(g):  # arithmetic on the mask, in place: 6 times faster than `where`
+        d = (out > 0) * g.dtype.type(gain * (1 - slope))
+        d += g.dtype.type(gain * slope)
+        d *= g
+        return d
 
     return _elementwise(out, (a,), vjp)
 
@@ -443,8 +444,7 @@ def linear(X, W, b):
     """
     X, W, b = _tensors(X, W, b)
     if W.ndim != 2 or X.shape[-1:] != W.shape[:1] or b.shape != W.shape[1:]:
-        got = f"{X.shape}, {W.shape}, {b.shape}"
-        raise ValueError(f"linear needs (..., k), (k, m), (m,), got {got}")
+        raise ValueError(f"linear needs (..., k), (k, m), (m,): {X.shape}, {W.shape}, {b.shape}")
     x, w, _ = _values(X, W, b)
     rows = x.reshape(math.prod(X.shape[:-1]), W.shape[0])
     out = product(rows, w)

@@ -250,7 +250,8 @@ def draw(result, path):
     for i, name in enumerate(names):
         x = [j + 0.8 * i / len(names) for j, row in enumerate(rows) if name in row["milliseconds"]]
         y = [row["milliseconds"][name] for row in rows if name in row["milliseconds"]]
-        left.bar(x, y, width=0.75 / len(names), label=name, color=plt.cm.tab10(i))
+        colour = plt.cm.tab20(2 * i % 20 + i // 10)
+        left.bar(x, y, width=0.75 / len(names), label=name, color=colour)
     left.set_xticks([j + 0.35 for j in range(len(rows))], [str(tuple(r["shape"])) for r in rows])
     left.set(yscale="log", ylabel="forward + backward, ms", xlabel="(batch · heads, N, d_v)")
     left.set_ylim(top=30 * left.get_ylim()[1])  # room for the legend
