@@ -181,6 +181,8 @@ def work(ranks, config, args, given):
         xp, device = find_device(args.device, ranks.neighbour)
         dataset = data.load(progress.data or None, ("test",) if args.eval else ("train", "test"))
         if args.eval:
+            if (image := [*dataset.x_test.shape[1:], 1][:3]) != progress.image:
+                raise UserError(f"the checkpoint is of images {progress.image}, not {image}")
             model = build(config, tuple(progress.image), progress.classes, xp)
             resume.restore(arrays, model.parameters, xp=xp)
             report.print_accuracy(model, dataset, progress.statistics, xp)

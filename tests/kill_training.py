@@ -93,7 +93,7 @@ def torment(count, epochs, signal_name="SIGKILL", seed=0, tell=lambda seen: None
         step = 0
         while seen["kills"] < count:
             if step == last:  # all steps are made: once more from the start
-                assert weights(torn)[0] == wanted
+                assert weights(torn)[0] == wanted and rows(torn) == rows(whole)
                 seen["ended"] += 1
                 for path in torn.iterdir():
                     path.unlink()

@@ -8,7 +8,7 @@ import time
 import kill_training
 import numpy as np
 import pytest
-from test_train import NAME, ROOT, cli, json_of, refuse, rows_of, start, succeed, weights
+from test_train import NAME, ROOT, json_of, refuse, rows_of, start, succeed, weights
 
 from training import checkpoint
 
@@ -107,11 +107,3 @@ def test_a_clock_that_is_set_back_is_harmless(tmp_path, monkeypatch):
     assert weights(folder) == before and len(list((tmp_path / "runs").iterdir())) == 3
     succeed("--resume", folder, "--max-steps", 4, "--device", "cpu")
     assert np.all(np.diff([float(row["seconds"]) for row in rows_of(folder)]) >= 0)
-
-
-def test_nothing_is_half_written_when_an_export_fails(tmp_path):
-    target = tmp_path / "m.safetensors"
-    target.write_bytes(b"earlier")
-    result = cli(*SMALL, "--max-steps", 1, "--out", tmp_path / "run", "--export", target / "x")
-    assert result.code == 2 and target.read_bytes() == b"earlier"
-    assert sorted(os.listdir(tmp_path)) == ["m.safetensors"]
