@@ -15,7 +15,7 @@ import osa_minimal
 torch = pytest.importorskip("torch")
 EXAMPLES = Path(osa_minimal.__file__).parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-from osa_torch import osa  # noqa: E402
+from osa_torch import exp_phi1, osa  # noqa: E402
 from torch_model import SkiplessTransformer  # noqa: E402
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
@@ -141,6 +141,26 @@ def test_it_is_osa_minimal_to_rounding(case, dtype, rng):
     O, saved = osa_minimal.osa_forward(*(a.detach().numpy() for a in leaves))
     wanted = [O, *osa_minimal.osa_backward(dO.numpy(), saved)]
     assert_close(results(osa, leaves, dO), wanted, EPS[dtype] * size_of(leaves), 100)
+
+
+@each_dtype
+@pytest.mark.parametrize("theta", [0.0, 1e-30, 0.499, 0.501, 1.0, 30.0])
+def test_the_exponential_of_a_plane_is_its_rotation(theta, dtype):
+    """Z = θJ, J² = −I: exp = cos θ I + sin θ J, φ₁ = (sin θ I + (1 − cos θ) J)/θ; d/dθ of both."""
+    theta = np.float64(torch.tensor(theta, dtype=dtype))  # 0.499: the largest ‖X‖ of the series
+    I, J = torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, 1], [-1, 0]], dtype=torch.float64)
+    Z = torch.stack([theta * J, J]).to(dtype)[:, None]
+    E1, F = exp_phi1(Z)
+    cosm1, sin = -2 * np.sin(theta / 2) ** 2, np.sin(theta)  # cos θ − 1, without cancellation
+    a, b = (1.0, 0.0) if theta == 0 else (sin / theta, -cosm1 / theta)
+    da, db = (0.0, 0.5) if theta < 1e-9 else ((1 + cosm1 - a) / theta, (sin - b) / theta)
+    for got, wanted in (
+        (E1, [cosm1 * I + sin * J, (1 + cosm1) * J - sin * I]),
+        (F, [a * I + b * J, da * I + db * J]),
+    ):
+        # Each doubling doubles the error of the series, an eps or so; θ = 30 takes 6.
+        error = (got[:, 0] - torch.stack(wanted)).abs().amax((-2, -1))
+        assert (error <= 3 * max(1, 2 * theta) * EPS[dtype]).all(), error / EPS[dtype]
 
 
 def test_values_are_those_of_scipy(rng):
