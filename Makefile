@@ -27,7 +27,7 @@ test: .venv/setup.stamp  ## run the tests
 notebooks: .venv/setup.stamp  ## execute every notebook and check it
 	$(BIN)/python -m pytest tests/test_notebooks.py $(ARGS)
 
-experiments: .venv/setup.stamp  ## run every experiment behind README (some hours)
+experiments: .venv/setup.stamp  ## run every experiment behind RESULTS.md (some hours)
 	$(BIN)/python experiments/propagation.py
 	$(BIN)/python experiments/mnist.py
 	$(BIN)/python experiments/comparison.py
@@ -35,7 +35,7 @@ experiments: .venv/setup.stamp  ## run every experiment behind README (some hour
 	$(BIN)/python experiments/depth.py
 	$(BIN)/python experiments/depth.py --long
 
-figures: .venv/setup.stamp  ## draw every figure of README from the committed results
+figures: .venv/setup.stamp  ## draw every figure of RESULTS.md from the committed results
 	for name in mnist propagation comparison recall depth; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
 	for name in accuracy speed; do $(BIN)/python benchmarks/$$name.py --draw || exit 1; done
 

@@ -472,13 +472,13 @@ def cross_entropy(logits, labels):
     (logits,) = _tensors(logits)
     xp = array_module(logits, labels)
     form = None if isinstance(labels, (Tensor, int, float)) else (labels.ndim, labels.dtype.kind)
-    if form not in ((1, "i"), (1, "u")) or logits.ndim != 2 or not len(labels) == len(logits.data):
+    if form not in ((1, "i"), (1, "u")) or logits.ndim != 2 or len(labels) != len(logits.data):
         got = f"{logits.shape} and {labels!r}"[:200]
         raise ValueError(f"cross_entropy needs (B, C) logits and (B,) integer labels, got {got}")
     if not logits.size:
         raise ValueError(f"no cross-entropy of an empty batch, shape {logits.shape}")
     if xp is np and not 0 <= labels.min() <= labels.max() < logits.shape[1]:  # no wait on a GPU
-        raise ValueError(f"labels must be in 0 … {logits.shape[1] - 1}, got {labels.max()}")
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, classes {logits.shape[1]}")
     onehot = labels[:, None] == xp.arange(logits.shape[1])
     z = logits.data - logits.data.max(axis=-1, keepdims=True)
     log_p = z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))

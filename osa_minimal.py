@@ -10,8 +10,8 @@ without skip connections and normalisation.  It needs NumPy (or CuPy) and autogr
     P = [Q, K]   (N, 2 d_v): with J = [[0, I], [−I, 0]] the scores are S = s P J Pᵀ, of rank ≤ 2 d_v
 
 `...` are any batch dimensions, for instance (batch, heads).  Up to section 6 all is plain arrays.
-Not here: the last factor of speed, overflow, GPUs that never wait.  fast/ has functions of the same
-names with these, and tests/test_paper.py holds both to one answer.
+Left to fast/: the last factor of speed, overflow, GPUs that never wait.  Its functions have the
+same names, and tests/test_paper.py holds both to one answer.
 """
 
 import math
@@ -36,7 +36,7 @@ def skew_scores(Q, K, alpha):
 def skew_eigh(S):
     """λ (..., n), ascending, and U (..., n, n): the Hermitian iS = U diag(λ) Uᴴ; λ are ±θ and 0."""
     lam, U = array_module(S).linalg.eigh(1j * S)
-    lam = (lam - lam[..., ::-1]) / 2  # exactly in pairs; what is 0 but for rounding has none
+    lam = (lam - lam[..., ::-1]) / 2  # exactly in pairs ±λ; then what is rounding alone is made 0
     noise = S.shape[-1] * float(np.finfo(S.dtype).eps) * abs(lam[..., -1:])
     return array_module(S).where(abs(lam) <= noise, 0, lam), U
 
@@ -84,7 +84,7 @@ def exp_phi1(Z):
 def frechet(Z, D):
     """L(Z, D) = d/dt exp(Z + tD) at t = 0: the corner of exp [[Z, D], [0, Z]], and linear in D."""
     n = Z.shape[-1]
-    size = abs(D).sum(axis=-1).max() + float(np.finfo(D.dtype).tiny)  # so that ‖Z‖ sets j above
+    size = abs(D).sum(axis=-1).max() + float(np.finfo(D.dtype).tiny)  # so that ‖Z‖ alone sets j
     block = array_module(Z).zeros((*Z.shape[:-2], 2 * n, 2 * n), Z.dtype)
     block[..., :n, :n] = block[..., n:, n:] = Z
     block[..., :n, n:] = D / size
@@ -159,7 +159,7 @@ def osa_backward(dO, saved):
         L = L(S̃ᵀ, BᵀdO (BᵀV)ᵀ).
     """
     V, alpha, s, B, BtQ, BtK, BtV, S, E, F = saved
-    if dO.shape != V.shape or dO.dtype != V.dtype or not array_module(dO, V):
+    if array_module(dO, V) and (dO.shape, dO.dtype) != (V.shape, V.dtype):
         raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
     BtdO = T(B) @ dO  # (..., r, m)
     L = frechet(-S, BtdO @ T(BtV))  # (..., r, r)
@@ -201,7 +201,7 @@ def init_mosa(d, heads, rng, alpha=0.1, dtype=np.float32):
 
 
 def rotation_angles(Q, K, alpha):
-    """θ (..., d_v), descending: A turns so many planes by θ; 0 where N < 2 d_v has fewer planes."""
+    """θ (..., d_v), descending: A turns d_v planes by them; padded with 0 where N < 2 d_v."""
     (*batch, N, d_v), xp = Q.shape, array_module(Q, K)
     rest = xp.zeros((*batch, max(0, 2 * d_v - N), 2 * d_v), Q.dtype)
     P = xp.concatenate([xp.concatenate([Q, K], axis=-1), rest], axis=-2)

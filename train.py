@@ -43,7 +43,9 @@ class Config:
 
     preset: str = option("mnist", "mnist, tiny or pixels", choices=("mnist", "tiny", "pixels"))
     attention: str = option("osa", "what mixes tokens", choices=MIXERS)
-    operator: str = option("fast", "of osa: fast/, or osa_minimal.py", choices=("fast", "paper"))
+    operator: str = option(
+        "fast", "for osa: that of fast/, or of osa_minimal.py", choices=("fast", "paper")
+    )
     skip: bool = option(False, "skip connections")
     norm: bool = option(False, "layer normalisation")
     depth: int = option(4, "layers", least=1, most=1000)
@@ -51,7 +53,7 @@ class Config:
     heads: int = option(2, "heads, h", least=1)
     patch: int = option(7, "side of a patch in pixels", least=1)
     mlp_ratio: int = option(4, "hidden width of the MLP / d", least=1, most=1024)
-    eta: float = option(0.0, "correlation to which the leaky ReLUs take 0; 0: 0.65 or less")
+    eta: float = option(0.0, "correlation to which the leaky ReLUs take 0; 0: at most 0.65")
     s_norm: float = option(0.1, "‖S‖₂ on the first batch, for which α is calibrated", most=1e6)
     epochs: int = option(5, "passes over the images", least=1)
     batch_size: int = option(128, "images of a step", least=1)
@@ -91,7 +93,7 @@ def build(config, image, classes, xp=np):
 
 
 def gradients(model, images, labels):
-    """Adds the gradients of the mean loss to every p.grad; the loss, and how many were right."""
+    """Adds the gradients of the mean loss to every p.grad; returns it, and how many were right."""
     logits = model(images)
     loss = ag.cross_entropy(logits, labels)
     loss.backward()
@@ -113,7 +115,7 @@ class Run:
         self.steps = config.epochs * self.batches.per_epoch
         self.threads = min(threads, self.batches.size // self.ranks.size)
         models = [build(config, x.shape[1:], dataset.classes, xp) for _ in range(self.threads)]
-        self.model, self.measures = models[0], "layers.0.alpha" in models[0].parameters
+        self.model, self.measures = models[0], config.attention == "osa"
         images, _ = self.batches.images(*self.batches.choose(0, whole=True))
         osa_minimal.calibrate(self.model, self.standardise(images), config.s_norm)
 
@@ -126,7 +128,7 @@ class Run:
         self.update = recorded(self.update, xp) if graph else self.update
 
     def step(self, t):
-        """Step t = 0, 1, …; the loss, how many were right and the norm of the gradients."""
+        """Step t = 0, 1, …; returns the loss, how many were right and the norm of the gradients."""
         factor = schedule(t, self.steps, self.config.warmup)  # on the learning rates
         return self.update(*self.batches.choose(t), factor, t + 1)
 

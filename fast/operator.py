@@ -1,4 +1,4 @@
-"""Orthogonal Self-Attention for any input at full speed: six routes to O = exp(S) V.
+"""Orthogonal Self-Attention for any input at full speed: five routes to O = exp(S) V, and a choice.
 
 The equations are those of `osa_minimal`; here it is decided in which way each input is computed.
 [Q, K, V] is one packed array F, the batch goes in parts to several threads, and what a route could
@@ -172,7 +172,7 @@ def _forward(F, s, d_v, route):
         B, R = cholesky_basis(P)
     elif tall and route == "newton_schulz":  # unit columns: a K that is small beside Q is not lost
         B = orthonormal_basis(unit_columns(P), "newton_schulz")
-    elif (tall and route == "auto") or route == "qr":
+    elif tall and route in ("auto", "qr"):
         B = orthonormal_basis(P)
     return _by_basis(F, B, R, s, d_v, route)
 

@@ -1,4 +1,4 @@
-"""Mixing that does not look at the tokens: none at all, O = V, or a fixed rotation, O = A V.
+"""Mixing that does not look at the tokens: none, O = V, or by a fixed orthogonal matrix, O = A V.
 
 What attention is worth on a task is what it does better than these.
 """

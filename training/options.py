@@ -96,7 +96,7 @@ def parse(Config, presets, arguments, description=None):
     devices = ("auto", "cpu", "cuda")
     for name, kind, text in (
         ("--device", one_of(devices), "auto, cpu or cuda; default auto"),
-        ("--threads", positive_int, "CPU threads, default all cores"),
+        ("--threads", positive_int, "CPU threads; default all cores, 8 at most"),
         ("--data", str, "an .npz file or a folder of IDX files; default the bundled MNIST"),
         ("--max-steps", positive_int, "stop early; the schedule stays that of the full run"),
         ("--log-every", positive_int, "steps from row to row of metrics.csv, default 50"),

@@ -39,7 +39,7 @@ def accuracy(model, images, labels, standardise):
 
 
 def probe(model, images):
-    """max ‖S‖₂ and max |AᵀA − I| over layers, heads and images; NaN for other attentions."""
+    """max ‖S‖₂ and max |AᵀA − I|, A by fast/, over layers, heads, images; NaN where no α is."""
     s_norm = error = math.nan
     with ag.no_grad():
         X = model.embed(images)
@@ -97,7 +97,8 @@ class Log:
         loss, train = loss / count, right / count / run.batches.size
         if not math.isfinite(loss):
             raise FloatingPointError("the loss is NaN or Inf")
-        s_norm, error = probe(run.model, run.standardise(run.x_val[:16]))
+        some = run.standardise(run.x_val[:16])
+        s_norm, error = probe(run.model, some) if run.measures else (math.nan, math.nan)
         progress.worst_error = float(np.fmax(progress.worst_error, error))
         progress.largest_s = float(np.fmax(progress.largest_s, s_norm))
         val, _ = accuracy(run.model, run.x_val[:1000], run.y_val[:1000], run.standardise)
