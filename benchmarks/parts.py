@@ -3,14 +3,13 @@
     python benchmarks/parts.py [--repeats 5]
 
 The operator, forward + backward, float32, Gaussian tokens with ‖S‖₂ = 1, at the shapes of speed.py;
-then a training step of two presets.  All ways of a row take turns in one process, medians, one
-thread where nothing else is said.
+then a training step of two presets.  All ways of a row take turns in one process on one thread;
+medians.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHAPES = ((512, 49, 16), (64, 784, 16), (16, 4096, 32), (4, 16384, 64))
-os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OSA_THREADS": os.environ.get("OSA_THREADS", "1")}
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OSA_THREADS": "1"}
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
@@ -73,26 +72,11 @@ def step(arguments, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--again", help=argparse.SUPPRESS)  # a row in a process of its own
     args = parser.parse_args()
-    if args.again != "pages":
-        keep_freed_memory()
-    if args.again:
-        print(json.dumps(operator(SHAPES[1], args.repeats)["fast, auto"]))
-        return
+    keep_freed_memory()
     results = {f"operator {shape}": operator(shape, args.repeats) for shape in SHAPES}
     for name, arguments in (("mnist", []), ("pixels", ["--preset", "pixels"])):
         results[f"step, {name}"] = step(arguments, args.repeats)
-    row = results["other settings, fast, auto " + str(SHAPES[1])] = {}
-    for name, kind, threads in (
-        ("one thread", "same", 1),
-        ("two threads", "same", 2),
-        ("one thread, freed memory returned", "pages", 1),
-    ):  # fmt: skip
-        command = [sys.executable, __file__, "--again", kind, "--repeats", str(4 * args.repeats)]
-        done = subprocess.run(command, env={**os.environ, "OSA_THREADS": str(threads)}, check=True,
-                              capture_output=True, text=True)  # fmt: skip
-        row[name] = json.loads(done.stdout)
     results["about"] = machine()
     text = json.dumps(results, indent=1, ensure_ascii=False)
     (RESULTS / "parts.json").write_text(text + "\n", encoding="utf-8")
