@@ -99,7 +99,7 @@ def main():
         optimizer.step()
         rates.step()
         if t % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}")
 
     if rank == 0:
         print_accuracy("after", model, *test)
