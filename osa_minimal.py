@@ -61,8 +61,8 @@ def osa_dense(Q, K, V, alpha):
 def exp_phi1(Z):
     """E = exp(Z) and F = φ₁(Z) = ∫₀¹ e^{tZ} dt for Z (..., n, n), by matrix products alone.
 
-    Taylor's series at X = Z/2ʲ, ‖X‖ ≤ ½; then j doublings, which follow from φ₁(z) = (e^z − 1)/z:
-        φ₁(2X) = ½ (e^X + I) φ₁(X),   e^{2X} = e^X e^X.
+    Taylor's series at Y = Z/2ʲ, ‖Y‖ ≤ ½; then j doublings, of E1 = e^Y − I = Y φ₁(Y):
+        φ₁(2Y) = ½ (e^Y + I) φ₁(Y) = F + ½ E1 F,   e^{2Y} − I = E1² + 2 E1.
     The error is some eps max(1, ‖Z‖).  FloatingPointError if Z holds NaN or Inf.
     """
     I = array_module(Z).eye(Z.shape[-1], dtype=Z.dtype)
@@ -71,18 +71,18 @@ def exp_phi1(Z):
         raise FloatingPointError("the scores S hold NaN or Inf")
     j = max(0, math.ceil(math.log2(norm)) + 1) if norm else 0
     terms = 9 if Z.dtype == np.float32 else 17  # ½ⁿ/n! < eps
-    X = Z * 0.5**j
-    F = I + X / terms
-    for n in range(terms - 1, 1, -1):  # Horner: φ₁(X) = I + X/2 (I + X/3 (I + …))
-        F = I + X @ F / n
-    E = I + X @ F
+    Y = Z * 0.5**j
+    F = I + Y / terms
+    for i in range(terms - 1, 1, -1):  # Horner: φ₁(Y) = I + Y/2 (I + Y/3 (I + …))
+        F = I + Y @ F / i
+    E1 = Y @ F
     for _ in range(j):
-        E, F = E @ E, (E @ F + F) / 2
-    return E, F
+        E1, F = E1 @ E1 + 2 * E1, F + E1 @ F / 2
+    return I + E1, F
 
 
 def frechet(Z, D):
-    """L(Z, D) = d/dt exp(Z + tD) at t = 0: the corner of exp [[Z, D], [0, Z]], and linear in D."""
+    """d/dt exp(Z + tD) at t = 0, linear in D: the corner of exp [[Z, D], [0, Z]]."""
     n = Z.shape[-1]
     size = abs(D).sum(axis=-1).max() + float(np.finfo(D.dtype).tiny)  # so that ‖Z‖ alone sets j
     block = array_module(Z).zeros((*Z.shape[:-2], 2 * n, 2 * n), Z.dtype)
@@ -103,9 +103,8 @@ def orthonormal_basis(M, method="qr"):
         return xp.linalg.qr(M)[0]
     if method != "newton_schulz":
         raise ValueError(f'method must be "qr" or "newton_schulz", got {method!r}')
-    eps, tiny = float(np.finfo(M.dtype).eps), float(np.finfo(M.dtype).tiny)
-    B = M / (xp.sqrt((M * M).sum(axis=(-2, -1), keepdims=True)) + tiny)
-    for _ in range(6 + math.ceil(math.log(math.sqrt(M.shape[-1]) / eps, 1.5))):
+    B = M / (xp.sqrt((M * M).sum(axis=(-2, -1), keepdims=True)) + float(np.finfo(M.dtype).tiny))
+    for _ in range(6 + math.ceil(math.log(M.shape[-1] ** 0.5 / float(np.finfo(M.dtype).eps), 1.5))):
         B = 1.5 * B - 0.5 * B @ (T(B) @ B)
     return B
 
@@ -115,8 +114,10 @@ def osa_forward(Q, K, V, alpha, method="qr"):
 
     Q, K (..., N, d_v), V (..., N, m), of one dtype; α a number or an array (..., 1, 1).
     Theorem 2.1: for B (N, r) with orthonormal columns whose span contains those of Q and K,
-    r = min(N, 2 d_v), S = B S̃ Bᵀ with S̃ = BᵀSB (r, r), so that Sⁿ = B S̃ⁿ Bᵀ for n ≥ 1 and
-        exp(S) = I + B (exp(S̃) − I) Bᵀ,        O = V + B (exp(S̃) − I) BᵀV.
+    r = min(N, 2 d_v), S = B S_B Bᵀ with S_B = BᵀSB (r, r), so that Sⁿ = B S_Bⁿ Bᵀ for n ≥ 1 and
+        exp(S) = I + B (exp(S_B) − I) Bᵀ,        O = V + B (exp(S_B) − I) BᵀV.
+    Without a basis, ours: G = PᵀP, Sⁿ = P sJ (G sJ)ⁿ⁻¹ Pᵀ and O = V + P sJ φ₁(G sJ) PᵀV, which
+    loses eps (s‖P‖²)², much where tokens are nearly parallel (route "gram" of fast/, notebook 03).
     """
     if Q.shape != K.shape or Q.shape[:-1] != V.shape[:-1] or not Q.dtype == K.dtype == V.dtype:
         got = ", ".join(f"{M.dtype} {M.shape}" for M in (Q, K, V))
@@ -129,21 +130,10 @@ def osa_forward(Q, K, V, alpha, method="qr"):
     P = xp.concatenate([Q, K], axis=-1)
     B = orthonormal_basis(P, method) if N > 2 * d_v else xp.eye(N, dtype=Q.dtype)
     BtQ, BtK, BtV = T(B) @ Q, T(B) @ K, T(B) @ V  # (..., r, N) x (..., N, d_v) -> (..., r, d_v)
-    S = s * (BtQ @ T(BtK) - BtK @ T(BtQ))  # S̃ (..., r, r)
-    E, F = exp_phi1(S)
+    S_B = s * (BtQ @ T(BtK) - BtK @ T(BtQ))  # (..., r, r)
+    E, F = exp_phi1(S_B)
     O = V + B @ (E @ BtV - BtV)
-    return O, (V, alpha, s, B, BtQ, BtK, BtV, S, E, F)
-
-
-def osa_basis_free(Q, K, V, alpha):
-    """O = A V with no basis at all, V + P sJ φ₁(sGJ) PᵀV, G = PᵀP, as Sⁿ = P sJ (sGJ)ⁿ⁻¹ Pᵀ; ours.
-
-    It loses eps (s‖P‖²)², which is much where tokens are nearly parallel.
-    """
-    d_v, xp = Q.shape[-1], array_module(Q, K, V)
-    s, P = alpha / math.sqrt(d_v), xp.concatenate([Q, K], axis=-1)
-    J = xp.asarray(np.kron([[0, 1], [-1, 0]], np.eye(d_v)), dtype=Q.dtype)
-    return V + P @ (s * J @ exp_phi1(s * (T(P) @ P) @ J)[1] @ (T(P) @ V))
+    return O, (V, alpha, s, B, BtQ, BtK, BtV, S_B, E, F)
 
 
 # ----------------------------------------------------------------------------- 4. backward, by hand
@@ -151,19 +141,19 @@ def osa_backward(dO, saved):
     """dQ, dK, dV, dα for the gradient dO (..., N, m) of O = osa_forward(Q, K, V, α)[0].
 
     A depends on Q and K through S alone: neither QR nor Newton–Schulz is differentiated.
-    ⟨dO, dA V⟩ = ⟨Ŝ, dS⟩ for Ŝ = L(Sᵀ, dO Vᵀ) (N, N), and dS = s (dQ Kᵀ + Q dKᵀ − dK Qᵀ − K dQᵀ), so
-        dQ = s (Ŝ − Ŝᵀ) K,   dK = −s (Ŝ − Ŝᵀ) Q,   dα = ⟨Ŝ, S⟩/α.
-    Q = B BᵀQ and K = B BᵀK, so only H = (Ŝ − Ŝᵀ) B (N, r) is needed.  In Ŝ = L(Sᵀ, dO Vᵀ) =
-    ∫₀¹ e^{(1−t)Sᵀ} dO Vᵀ e^{tSᵀ} dt one exponential is I outside the span of B, which leaves φ₁:
-        H = B (L − Lᵀ) + (dO − B BᵀdO)(φ₁(S̃) BᵀV)ᵀ − (V − B BᵀV)(φ₁(S̃)ᵀ BᵀdO)ᵀ,
-        L = L(S̃ᵀ, BᵀdO (BᵀV)ᵀ).
+    ⟨dO, dA V⟩ = ⟨Ŝ, dS⟩ for Ŝ = frechet(Sᵀ, dO Vᵀ) (N, N), and with the differential of S
+        dQ = s (Ŝ − Ŝᵀ) K,   dK = −s (Ŝ − Ŝᵀ) Q,   dα = ⟨Ŝ, S/α⟩ = ⟨Ŝ − Ŝᵀ, Q Kᵀ⟩/√d_v.
+    Q = B BᵀQ and K = B BᵀK, so only H = (Ŝ − Ŝᵀ) B (N, r) and L = BᵀH are needed.  In
+    Ŝ = ∫₀¹ e^{(1−t)Sᵀ} dO Vᵀ e^{tSᵀ} dt one exponential is I outside the span of B; that leaves φ₁:
+        H = B L + (dO − B BᵀdO)(φ₁(S_B) BᵀV)ᵀ − (V − B BᵀV)(φ₁(S_B)ᵀ BᵀdO)ᵀ,
+        L = L_B − L_Bᵀ,   L_B = BᵀŜB = frechet(S_Bᵀ, BᵀdO (BᵀV)ᵀ).
     """
-    V, alpha, s, B, BtQ, BtK, BtV, S, E, F = saved
+    V, alpha, s, B, BtQ, BtK, BtV, S_B, E, F = saved
     if array_module(dO, V) and (dO.shape, dO.dtype) != (V.shape, V.dtype):
         raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
     BtdO = T(B) @ dO  # (..., r, m)
-    L = frechet(-S, BtdO @ T(BtV))  # (..., r, r)
-    L = L - T(L)
+    L_B = frechet(-S_B, BtdO @ T(BtV))  # (..., r, r)
+    L = L_B - T(L_B)
     H = B @ L + (dO - B @ BtdO) @ T(F @ BtV) - (V - B @ BtV) @ T(T(F) @ BtdO)  # (..., N, r)
     dQ = s * (H @ BtK)
     dK = -s * (H @ BtQ)
@@ -211,7 +201,7 @@ def rotation_angles(Q, K, alpha):
 
 
 def calibrate_alpha(Q, K, target):
-    """α (h, 1, 1): the largest ‖S‖₂ of Q, K (B, h, N, d_v) is `target`, or α is if S = 0; ours."""
+    """α (h, 1, 1): the largest ‖S‖₂ of Q, K (batch, h, N, d_v) is `target`; ours."""
     eps, norm = float(np.finfo(Q.dtype).eps), rotation_angles(Q, K, 1.0)[..., 0].max(axis=0)  # (h,)
     noise = 8 * Q.shape[-2] * eps * abs(Q).max(axis=(0, 2, 3)) * abs(K).max(axis=(0, 2, 3))
     norm = array_module(Q).where(norm > noise, norm, 1)  # ‖S‖₂ at α = 1
@@ -224,27 +214,25 @@ def jacobian_bound(X, W_QK, W_V, alpha):
     W_QK (h, d, 2 d_v) with orthonormal columns, W_V (d, d), W_O orthogonal, alpha (h, 1, 1); NumPy.
     With P_i = X W_QK^i, V_i = X W_V^i and [·] for the heads side by side,
         ε = ‖[s_i W_QK^i J P_iᵀ V_i]‖₂ + ‖[s_i ‖P_i‖₂ V_i]‖₂ + (Σ_i (s_i ‖P_i‖₂ ‖S_i‖₂ ‖V_i‖₂)²)^½.
-    Proof.  The Jacobian is C + D.  C(dX) = [e^{S_i} dX W_V^i] W_O keeps the norm.  With
+    Proof.  The Jacobian is Γ + Δ.  Γ(dX) = [e^{S_i} dX W_V^i] W_O keeps the norm.  With
     M_i = W_QK^i J W_QK^iᵀ, dS_i = s_i (dX M_i Xᵀ + X M_i dXᵀ), so that
-        D(dX) = [∫₀¹ e^{uS_i} s_i (dX M_i Xᵀ + X M_i dXᵀ) e^{(1−u)S_i} V_i du] W_O.
+        Δ(dX) = [∫₀¹ e^{uS_i} s_i (dX M_i Xᵀ + X M_i dXᵀ) e^{(1−u)S_i} V_i du] W_O.
     Were e^{(1−u)S_i} = I, its two terms would have at most the first two norms of ε, as
-    M_i Xᵀ = W_QK^i J P_iᵀ; ‖e^{vS} − I‖ ≤ v‖S‖ adds the third, half for each: |σ − 1| ≤ ‖D‖ ≤ ε.
+    M_i Xᵀ = W_QK^i J P_iᵀ; ‖e^{vS} − I‖ ≤ v‖S‖ adds the third, half for each: |σ − 1| ≤ ‖Δ‖ ≤ ε.
     """
-    (h, d, r), first, second, third = W_QK.shape, [], [], 0.0
-    for W, W_Vi, a in zip(W_QK, W_V.reshape(d, h, d // h).transpose(1, 0, 2), np.ravel(alpha)):
-        P, V, s = X @ W, X @ W_Vi, abs(a) / math.sqrt(r // 2)
-        J = np.kron([[0, 1], [-1, 0]], np.eye(r // 2))
-        norm_P, norm_V = np.linalg.norm(P, 2), np.linalg.norm(V, 2)
-        first.append(s * W @ J @ (P.T @ V))
-        second.append(s * norm_P * V)
-        third += (s * norm_P * rotation_angles(*np.split(P, 2, axis=1), a)[0] * norm_V) ** 2
-    return np.linalg.norm(np.hstack(first), 2) + np.linalg.norm(np.hstack(second), 2) + third**0.5
+    (h, d, r), s = W_QK.shape, abs(alpha) / math.sqrt(W_QK.shape[-1] // 2)  # s (h, 1, 1)
+    P, V = X @ W_QK, X @ W_V.reshape(d, h, r // 2).transpose(1, 0, 2)  # (h, N, ·)
+    J = np.kron([[0, 1], [-1, 0]], np.eye(r // 2))
+    norm_P, norm_V = (np.linalg.norm(M, 2, axis=(1, 2), keepdims=True) for M in (P, V))
+    norm_S = rotation_angles(P[..., : r // 2], P[..., r // 2 :], alpha)[:, :1, None]
+    first, second, third = s * W_QK @ J @ T(P) @ V, s * norm_P * V, s * norm_P * norm_S * norm_V
+    return sum(np.linalg.norm(np.hstack(M), 2) for M in (first, second, third))
 
 
 def tailored_slope(depth, eta=None):
     """Slope a with which `depth` leaky ReLUs take correlation 0 to eta; None: to 0.65, or to less.
 
-    For unit-variance pairs of correlation c, φ_a(x) = √(2/(1+a²)) LReLU_a(x) gives
+    For unit-variance pairs of correlation c, √(2/(1+a²)) LReLU_a gives the correlation
         C_a(c) = c + (1−a)²/(π(1+a²)) (√(1−c²) − c arccos c)      (TAT, arXiv 2203.08120).
     """
 
@@ -270,70 +258,83 @@ def tensors(arrays, xp):
 
 
 class MultiHeadOSA:
-    """M-OSA(X) = [O_1, …, O_h] W_O, X (B, N, d) -> (B, N, d).  Parameters: see `init_mosa`."""
+    """M-OSA(X) = [O_1, …, O_h] W_O for X (batch, N, d).  Parameters: see `init_mosa`."""
 
     def __init__(self, d, heads, rng, xp=np, dtype=np.float32):
         self.heads, self.parameters = heads, tensors(init_mosa(d, heads, rng, dtype=dtype), xp)
 
     def project(self, X):
-        """F = [Q, K, V] (B, h, N, 3 d_v) of the tokens X (B, N, d), in one matrix product."""
-        (B, N, d), h, p = X.shape, self.heads, self.parameters
+        """QKV = [Q, K, V] (batch, h, N, 3 d_v) of the tokens X, in one matrix product."""
+        (batch, N, d), h, p = X.shape, self.heads, self.parameters
         W_V = p["W_V"].reshape(d, h, d // h).transpose(1, 0, 2)  # (h, d, d_v)
         W = ag.concatenate([p["W_QK"], W_V], axis=-1).transpose(1, 0, 2)  # (d, h, 3 d_v)
-        return (X @ W.reshape(d, 3 * d)).reshape(B, N, h, 3 * d // h).transpose(0, 2, 1, 3)
+        return (X @ W.reshape(d, 3 * d)).reshape(batch, N, h, 3 * d // h).transpose(0, 2, 1, 3)
 
-    def attend(self, F):
-        """O (B, h, N, d_v) from F = [Q, K, V]; fast/ and relatives/ put others in its place."""
-        d_v = F.shape[-1] // 3
-        Q, K, V = (F[..., i : i + d_v] for i in (0, d_v, 2 * d_v))
+    def attend(self, QKV):
+        """O (batch, h, N, d_v) of [Q, K, V]; fast/ and relatives/ put others in its place."""
+        d_v = QKV.shape[-1] // 3
+        Q, K, V = (QKV[..., i : i + d_v] for i in (0, d_v, 2 * d_v))
         return osa(Q, K, V, self.parameters["alpha"])
 
     def __call__(self, X):
-        O = self.attend(self.project(X)).transpose(0, 2, 1, 3)  # (B, N, h, d_v)
+        O = self.attend(self.project(X)).transpose(0, 2, 1, 3)  # (batch, N, h, d_v)
         return O.reshape(X.shape) @ self.parameters["W_O"]
 
 
 class MLP:
-    """φ(X W_1 + b_1) W_2 + b_2 with semi-orthogonal W_1 (d, md), W_2 (md, d) and a tailored leaky
-    ReLU φ, which takes in the gain √m that restores the variance of X W_1, as φ(cx) = c φ(x).
+    """φ(X W_1 + b_1) W_2 + b_2, W_1 (d, ratio d) and W_2 semi-orthogonal, a tailored leaky ReLU φ,
+    which takes in the gain √ratio that restores the variance of X W_1, as φ(cx) = c φ(x).
     """
 
     def __init__(self, d, ratio, slope, rng, xp=np, dtype=np.float32):
-        md = ratio * d
-        W_1, W_2 = random_orthogonal(d, md, rng, dtype), random_orthogonal(md, d, rng, dtype)
-        b_1, b_2 = np.zeros(md, dtype), np.zeros(d, dtype)
+        wide = ratio * d
+        W_1, W_2 = random_orthogonal(d, wide, rng, dtype), random_orthogonal(wide, d, rng, dtype)
+        b_1, b_2 = np.zeros(wide, dtype), np.zeros(d, dtype)
         self.parameters = tensors({"W_1": W_1, "b_1": b_1, "W_2": W_2, "b_2": b_2}, xp)
         self.slope, self.gain = slope, math.sqrt(2 * ratio / (1 + slope * slope))
 
     def __call__(self, X):
         p = self.parameters
-        H = ag.leaky_relu(ag.linear(X, p["W_1"], p["b_1"]), self.slope, self.gain)
-        return ag.linear(H, p["W_2"], p["b_2"])
+        hidden = ag.leaky_relu(ag.linear(X, p["W_1"], p["b_1"]), self.slope, self.gain)
+        return ag.linear(hidden, p["W_2"], p["b_2"])
 
 
 # --------------------------------------------------------------------------------------- 7. network
 def patchify(images, patch):
-    """(B, H, W) or (B, H, W, C) images -> (B, N, C patch²) tokens, row by row; N = H W / patch²."""
-    B, H, W, *_ = images.shape
-    if not images.size or H % patch or W % patch:
-        raise ValueError(f"patch must divide images (B, H, W[, C]), got {patch} and {images.shape}")
-    tiles = images.reshape(B, H // patch, patch, W // patch, patch, -1)
-    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(B, H * W // patch**2, -1)
+    """Images (batch, height, width[, channels]) -> tokens (batch, N, channels patch²), in rows."""
+    batch, height, width, *_ = images.shape
+    if not images.size or height % patch or width % patch:
+        raise ValueError(f"the patch must divide height and width, got {patch}, {images.shape}")
+    tiles = images.reshape(batch, height // patch, patch, width // patch, patch, -1)
+    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * width // patch**2, -1)
+
+
+def position_embedding(rows, columns, d, dtype=np.float32):
+    """b_E (N, d): columns cos(πk (y + ½)/rows) cos(πl (x + ½)/columns), low (k, l) first; ours.
+
+    Orthogonal, of mean square ¼.  Tokens differ by it: σ₁/σ₂ of X, and ε/‖S‖₂, stay small.
+    """
+    y, x = np.divmod(np.arange(rows * columns), columns)  # of a patch, and (k, l) of a column
+    order = np.argsort((y / rows) ** 2 + (x / columns) ** 2, kind="stable")[1 : d + 1]
+    waves = np.cos(math.pi / rows * np.outer(y + 0.5, y[order]))
+    waves *= np.cos(math.pi / columns * np.outer(x + 0.5, x[order]))
+    b_E = np.pad(waves / np.linalg.norm(waves, axis=0), ((0, 0), (0, d - len(order))))
+    return (b_E * math.sqrt(b_E.size / max(1, len(order)) / 4)).astype(dtype)
 
 
 class SkiplessTransformer:
     """patches -> linear + position -> depth × [X ← MLP(M-OSA(X))] -> mean over tokens -> linear.
 
-    No skip connection and no normalisation layer.  images: (B, *image) -> logits (B, classes).
+    No skip connection, no normalisation layer.  Images (batch, *image) -> logits (batch, classes).
     """
 
     def __init__(self, *, d, heads, depth, patch, image, classes, mlp_ratio, eta, rng, xp=np,
                  dtype=np.float32, attention=MultiHeadOSA):  # fmt: skip
         self.patch, self.slope, drawn = patch, tailored_slope(depth, eta), (rng, xp, dtype)
-        N, pixels = patchify(np.empty((1, *image)), patch).shape[1:]
+        pixels = patchify(np.empty((1, *image)), patch).shape[-1]
         self.outer = tensors({
             "W_E": random_orthogonal(pixels, d, rng, dtype),  # embedding
-            "b_E": rng.standard_normal((N, d)).astype(dtype) * np.asarray(0.1, dtype),  # position
+            "b_E": position_embedding(image[0] // patch, image[1] // patch, d, dtype),
             "W_C": random_orthogonal(d, classes, rng, dtype),  # read-out
             "b_C": np.zeros(classes, dtype),
         }, xp)  # fmt: skip
@@ -349,7 +350,7 @@ class SkiplessTransformer:
         return self.outer | {name + k: p for name, f in parts for k, p in f.parameters.items()}
 
     def embed(self, images):
-        """X (B, N, d), the input of the first layer."""
+        """X (batch, N, d), the input of the first layer."""
         return Tensor(patchify(images, self.patch)) @ self.outer["W_E"] + self.outer["b_E"]
 
     def __call__(self, images):
@@ -365,8 +366,8 @@ def calibrate(model, images, target):
         X = model.embed(images)
         for attention, mlp in model.layers:
             if "alpha" in attention.parameters:
-                F = attention.project(X).data
-                Q, K, _ = array_module(F).split(F, 3, axis=-1)
+                QKV = attention.project(X).data
+                Q, K, _ = array_module(QKV).split(QKV, 3, axis=-1)
                 attention.parameters["alpha"].data = calibrate_alpha(Q, K, target)
             X = mlp(attention(X))
 
@@ -377,15 +378,15 @@ def recall(n, rng):
     one-hot, the ninth holds one of the keys, and the label is the value that stands with it.
     """
     keys, values = rng.permuted(np.tile(np.arange(8), (2, n, 1)), axis=-1)  # (n, 8) each
-    asked, I = rng.integers(0, 8, n), 4 * np.eye(8, dtype=np.float32)
+    asked, onehot = rng.integers(0, 8, n), 4 * np.eye(8, dtype=np.float32)
     x = np.zeros((n, 9, 16), np.float32)
-    x[:, :8, :8], x[:, :8, 8:], x[:, 8, :8] = I[keys], I[values], I[asked]
+    x[:, :8, :8], x[:, :8, 8:], x[:, 8, :8] = onehot[keys], onehot[values], onehot[asked]
     tiles = x.reshape(n, 3, 3, 4, 4).transpose(0, 1, 3, 2, 4)
     return tiles.reshape(n, 12, 12), values[keys == asked[:, None]]
 
 
 def main():
-    """Prints the errors of A, O and the gradients, then trains two layers with plain Adam."""
+    """Prints the errors of A, O and the gradients, then trains two layers by signs of momentum."""
     rng = np.random.default_rng(0)
     Q, K, V, alpha = *rng.standard_normal((3, 2, 12, 3)), np.array(0.4)
     A = attention_matrix(Q, K, alpha)
@@ -395,25 +396,24 @@ def main():
     model = SkiplessTransformer(d=32, heads=2, depth=2, patch=4, image=(12, 12), classes=8,
                                 mlp_ratio=2, eta=0.4, rng=rng)  # fmt: skip
     calibrate(model, recall(64, rng)[0], 1.0)
-    m, v = ({k: 0 * p.data for k, p in model.parameters.items()} for _ in "mv")
+    momentum = {k: 0 * p.data for k, p in model.parameters.items()}
     for t in range(1, 251):
         x, y = recall(64, rng)
         logits = model(x)
         loss = ag.cross_entropy(logits, y)
         loss.backward()
         for k, p in model.parameters.items():
-            m[k] += 0.1 * (p.grad - m[k])
-            v[k] += 0.01 * (p.grad**2 - v[k])
-            p.data -= 3e-3 * (m[k] / (1 - 0.9**t)) / (np.sqrt(v[k] / (1 - 0.99**t)) + 1e-8)
+            momentum[k] = 0.9 * momentum[k] + p.grad
+            p.data -= 2e-3 * (1 - t / 251) * np.sign(momentum[k])
             p.grad = None
         if t % 50 == 0:
-            right = (logits.data.argmax(axis=1) == y).mean()
-            print(f"step {t:3}  loss {float(loss.data):.3f}  accuracy {right:.0%}")
+            accuracy = (logits.data.argmax(axis=1) == y).mean()
+            print(f"step {t:3}  loss {float(loss.data):.3f}  accuracy {accuracy:.0%}")
     for attention, _ in model.layers:
         attention.parameters["alpha"].data[...] = 0
     x, y = recall(1000, rng)
-    right = (model(x).data.argmax(axis=1) == y).mean()
-    print(f"with α = 0, where A = I and no token sees another: {right:.0%}")
+    accuracy = (model(x).data.argmax(axis=1) == y).mean()
+    print(f"with α = 0, where A = I and no token sees another: {accuracy:.0%}")
 
 
 if __name__ == "__main__":

@@ -254,6 +254,30 @@ def test_nothing_normalises_the_network_scales_with_the_image(rng):
     np.testing.assert_allclose(large, 50 * small, rtol=0, atol=50 * 1000 * EPS[np.float64])
 
 
+@pytest.mark.parametrize("rows, columns, d", [(4, 4, 20), (6, 4, 8), (1, 5, 3), (28, 28, 32)])
+def test_positions_are_low_modes_of_the_grid(rows, columns, d):
+    b_E = osa.position_embedding(rows, columns, d, np.float64)
+    N, k = len(b_E), min(rows * columns - 1, d)
+    tol = (
+        8 * N * d * EPS[np.float64]
+    )  # of inner products of N terms, each column of square N d / 4 k
+    assert abs(b_E.sum(axis=0)).max() < tol
+    assert abs(b_E.T @ b_E - np.diag([N * d / 4 / k] * k + [0] * (d - k))).max() < tol
+    # A mode is an eigenvector of the grid's Laplacian, which repeats the edge.
+    grid = np.pad(b_E.reshape(rows, columns, d), ((1, 1), (1, 1), (0, 0)), "edge")
+    x = grid[1:-1, 1:-1]
+    bent = 4 * x - grid[:-2, 1:-1] - grid[2:, 1:-1] - grid[1:-1, :-2] - grid[1:-1, 2:]
+    values = (bent * x).sum(axis=(0, 1))[:k] / (x * x).sum(axis=(0, 1))[:k]
+    assert abs(bent[..., :k] - values * x[..., :k]).max() < tol
+    lowest = np.add.outer(*(2 - 2 * np.cos(np.pi * np.arange(n) / n) for n in (rows, columns)))
+    if rows == columns:
+        assert abs(np.sort(values)[0] - np.sort(lowest.ravel())[1]) < tol
+
+
+def test_a_grid_of_one_patch_has_no_position():
+    assert not osa.position_embedding(1, 1, 4).any()
+
+
 def test_tokens_meet_in_attention_only(rng):
     model = network(SMALL, dtype=np.float64)
     X = rng.standard_normal((1, 16, 12))
@@ -400,6 +424,6 @@ def test_gradient_descent_on_its_own_gradient_lowers_the_loss(attention, rng, xp
         losses.append(float(loss.data))
         loss.backward()
         for t in model.parameters.values():
-            t.data -= 0.02 * t.grad
+            t.data -= 0.005 * t.grad
             t.grad = None
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.01

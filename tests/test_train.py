@@ -532,7 +532,7 @@ def test_every_parameter_belongs_to_exactly_one_optimizer(attention, small):
     for optimizer, part, rate in run.updates:
         muon, ours = isinstance(optimizer, optimizers.Muon), optimizer.parameters
         alpha = any(k.endswith(".alpha") for k in ours)
-        assert rate == (0.01 if muon else 0.001 if alpha else 0.02)
+        assert np.all(rate == (0.01 * abs(run.weights[part]) if alpha else 0.01 if muon else 0.02))
         for (k, p), w in zip(ours.items(), optimizers.views(run.weights[part], ours)):
             assert np.shares_memory(p.data, w) and (p.data == w).all()
             if "W_QK" in run.model.layers[0][0].parameters:  # not another's layer

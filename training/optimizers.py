@@ -196,7 +196,8 @@ def assign(config, parameters):
     """The parameters in the order of their optimisers, and [(optimiser, its part, rate), …].
 
     "muon": Muon at the rate `lr` for the orthogonal matrices of the layers, AdamW at `adam_lr` for
-    the rest; "adamw": AdamW at `lr` for both.  α has AdamW at a rate of its own.
+    the rest; "adamw": AdamW at `lr` for both.  α has AdamW at a rate of its own, relative to the
+    value at which it starts.
     """
     groups, muon = {"alpha": {}, "matrices": {}, "rest": {}}, config.optimizer == "muon"
     for k, p in parameters.items():
@@ -206,7 +207,7 @@ def assign(config, parameters):
     rest = AdamW(groups["rest"], weight_decay=config.weight_decay)
     made = [(rest, config.adam_lr if muon else config.lr)]
     if groups["alpha"]:
-        made.append((AdamW(groups["alpha"]), config.alpha_lr))
+        made.append((AdamW(groups["alpha"]), config.alpha_lr * abs(joined(groups["alpha"]))))
     if groups["matrices"]:
         made.append((Muon(groups["matrices"]), config.lr))
     ordered, updates = {}, []
