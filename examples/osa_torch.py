@@ -40,11 +40,11 @@ exp_phi1.register_fake(lambda Z: (Z.new_empty(Z.shape), Z.new_empty(Z.shape)))
 class OSA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, P, V, s):
-        """Theorem 2.1: P = [Q, K] = B R (batch, N, r), S = B S̃ Bᵀ; O = V + B (exp(S̃) − I) BᵀV."""
+        """Theorem 2.1: P = [Q, K] = B R (b, N, r), S = B S_B Bᵀ; O = V + B (exp(S_B) − I) BᵀV."""
         I = torch.eye(min(P.shape[1:]), dtype=P.dtype, device=P.device).expand(len(P), -1, -1)
         B, R = torch.linalg.qr(P) if P.shape[1] > P.shape[2] else (I, P)  # N ≤ r: S is small
         (BtQ, BtK), BtV = R.chunk(2, dim=-1), B.mT @ V
-        U = BtQ @ BtK.mT - BtK @ BtQ.mT  # S̃ = s U
+        U = BtQ @ BtK.mT - BtK @ BtQ.mT  # S_B = s U
         ctx.save_for_backward(V, s, B, BtV, U, s * torch.cat([BtK, -BtQ], dim=-1))
         return torch.baddbmm(V, B, exp_phi1((s * U)[None])[0][0] @ BtV)
 
@@ -55,7 +55,7 @@ class OSA(torch.autograd.Function):
         V, s, B, BtV, U, W = ctx.saved_tensors
         with torch.autocast(dO.device.type, enabled=False):
             BtdO = B.mT @ dO
-            (E1t, L), (Ft, _) = exp_phi1(torch.stack([-s * U, BtdO @ BtV.mT]))  # at S̃ᵀ
+            (E1t, L), (Ft, _) = exp_phi1(torch.stack([-s * U, BtdO @ BtV.mT]))  # at S_Bᵀ
             y, z = (Ft.mT @ BtV).mT @ W, (Ft @ BtdO).mT @ W  # H (N, r) itself is not formed
             dP = torch.baddbmm(dO @ y, B, (L - L.mT) @ W - BtdO @ y + BtV @ z)
             dP.baddbmm_(V, z, alpha=-1)

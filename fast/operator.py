@@ -287,13 +287,13 @@ def _rows_times(parts, X, out):
 
 
 def _by_basis(F, B, R, s, d_v, route):
-    """O = V + B (exp(S̃) − I) b with S̃ = BᵀSB = s R J Rᵀ, R = BᵀP, b = BᵀV, and its backward.
+    """O = V + B (exp(S_B) − I) b with S_B = BᵀSB = s R J Rᵀ, R = BᵀP, b = BᵀV, and its backward.
 
     B = None stands for I; R = None is computed here, in one product with b.
-    Backward: g = BᵀdO, L = L(S̃ᵀ, g bᵀ), u = φ₁(S̃)b, w = φ₁(S̃)ᵀg as in `osa_minimal`; P = B R
+    Backward: g = BᵀdO, L = L(S_Bᵀ, g bᵀ), u = φ₁(S_B)b, w = φ₁(S_B)ᵀg as in `osa_minimal`; P = B R
     enters through R:
         H = B (L − Lᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
-        dP = −s H R J,   dV = dO + B (exp(S̃)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩.
+        dP = −s H R J,   dV = dO + B (exp(S_B)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩.
     """
     r, xp, V = 2 * d_v, array_module(F), F[..., 2 * d_v :]
     if R is not None:
@@ -303,7 +303,7 @@ def _by_basis(F, B, R, s, d_v, route):
         R, b = BtF[..., :r], BtF[..., r:]
     with np.errstate(over="ignore", invalid="ignore"):
         RJRt = _RJRt(R)
-        S = (s * RJRt).astype(F.dtype)  # S̃ = BᵀSB; R in float64 keeps what cancels in it
+        S = (s * RJRt).astype(F.dtype)  # S_B = BᵀSB; R in float64 keeps what cancels in it
         R, RJRt = R.astype(F.dtype, copy=False), RJRt.astype(F.dtype, copy=False)
         small = Products(S, b) if route == "products" else _small_exponential(S, b, route)
     O = small.value if B is None else V + product(B, small.value - b)
@@ -318,7 +318,7 @@ def _by_basis(F, B, R, s, d_v, route):
             if B is None:
                 dF[..., :r], dF[..., r:] = product(L - T(L), minus_sRJ), expSt_g
             else:
-                # φ₁(−S̃) = φ₁(S̃) exp(−S̃) makes u and w one product.
+                # φ₁(−S_B) = φ₁(S_B) exp(−S_B) makes u and w one product.
                 uw = small.phi1(xp.concatenate([b, expSt_g], axis=-1))
                 ut, wt = T(uw[..., :m]), T(uw[..., m:])
                 # [dP, dV] = [B, V, dO] X
@@ -336,7 +336,7 @@ def _by_basis(F, B, R, s, d_v, route):
 
 
 def _small_exponential(S, b, route):
-    """exp(S̃) b in the way that suits ‖S̃‖ and the shape of b."""
+    """exp(S_B) b in the way that suits ‖S_B‖ and the shape of b."""
     S64 = S.astype(np.float64)  # squares of float32 could overflow
     rho = math.sqrt(float(inner(S64, S64).max()) / 2)  # ‖S‖_F/√2 ≥ ‖S‖₂
     if not rho < float(np.finfo(S.dtype).max) / 8:  # room for eigh

@@ -75,7 +75,7 @@ def test_every_notebook_stands_in_the_table():
 def test_every_line_that_readme_points_to_stands_where_it_says():
     rows = list(zip(column("in …"), column("the line")))
     assert len(rows) >= 5
-    for where, line in rows:
+    for where, line in (row for row in rows if "`" in row[0]):
         file, name = re.findall(r"`([^`]+)`", where)
         source = (ROOT / file).read_text(encoding="utf-8")
         found = ast.parse(source)
