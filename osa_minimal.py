@@ -312,7 +312,7 @@ def patchify(images, patch):
 def position_embedding(rows, columns, d, dtype=np.float32):
     """b_E (N, d): columns cos(πk (y + ½)/rows) cos(πl (x + ½)/columns), low (k, l) first; ours.
 
-    Orthogonal, of mean square ¼.  Tokens differ by it: σ₁/σ₂ of X, and ε/‖S‖₂, stay small.
+    Orthogonal, of mean square ¼: σ₁ of X stays near its other singular values, and ε/‖S‖₂ small.
     """
     y, x = np.divmod(np.arange(rows * columns), columns)  # of a patch, and (k, l) of a column
     order = np.argsort((y / rows) ** 2 + (x / columns) ** 2, kind="stable")[1 : d + 1]
