@@ -87,6 +87,7 @@ OPERATIONS = {
     "b = a + a; c = b + b": (lambda a: (a + a) + (a + a), normal, [(3,)]),
     "diamond": (lambda a: (lambda b: b * b + ag.exp(b))(a + a), normal, [(3, 4)]),
     "operator": (product_by_hand, normal, [(3, 4), (3, 4)]),
+    "operator beside a constant": (lambda a: product_by_hand(a, 2.5), normal, [(3, 4)]),
     "one argument twice": (lambda a, b: a * b + a / (1 + b * b) - a * a, normal, [(3, 4), (3, 4)]),
 }
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -131,53 +132,20 @@ def test_a_gradient_has_the_dtype_of_its_tensor_beside_a_wider_one(f, narrow, xp
     assert all(t.grad.dtype == t.dtype for t in inputs)
 
 
-def value_and_gradients(f, xp, arrays, change=1.0, frozen=False):
-    """f(*arrays), whose tensors are then multiplied by `change`, and its gradients, on the CPU."""
-    inputs = [Tensor(a, requires_grad=True) for a in arrays]
-    out = f(*inputs)
-    G = xp.asarray(np.random.default_rng(1).standard_normal(out.shape[::-1])).transpose()
-    if frozen:
-        G.flags.writeable = False
-    for t in inputs if change != 1 else ():
-        t.data *= change
-    before = np.array(ag.to_cpu(G))
-    out.backward(G)
-    np.testing.assert_array_equal(ag.to_cpu(G), before)
-    return [np.array(ag.to_cpu(a)) for a in (out.data, *(t.grad for t in inputs))]
-
-
-@each_operation
-def test_inputs_and_the_gradient_passed_in_are_not_modified(name, xp):
-    f, arrays = arguments(name, xp)
-    values = [np.array(ag.to_cpu(a)) for a in arrays]
-    for a in arrays if xp is np else ():
-        a.flags.writeable = False  # any write at all would raise
-    value_and_gradients(f, xp, arrays, frozen=xp is np)
-    for a, value in zip(arrays, values):
-        np.testing.assert_array_equal(ag.to_cpu(a), value)
-
-
 @each_operation
 def test_gradients_are_taken_at_the_values_of_the_forward_pass(name, xp):
-    f, arrays = arguments(name, xp)
-    # An optimiser may change the weights before another loss is walked.
-    kept, changed = (
-        value_and_gradients(f, xp, [xp.array(a) for a in arrays], change) for change in (1, -3)
-    )
-    for a, b in zip(kept, changed):
+    """An optimiser may change the weights before another loss is walked."""
+    results = []
+    for change in (1, -3):
+        f, arrays = arguments(name, xp)
+        inputs = [Tensor(a, requires_grad=True) for a in arrays]
+        out = f(*inputs)
+        for t in inputs:
+            t.data *= change
+        out.backward(xp.asarray(np.random.default_rng(1).standard_normal(out.shape)))
+        results.append([ag.to_cpu(a) for a in (out.data, *(t.grad for t in inputs))])
+    for a, b in zip(*results):
         np.testing.assert_array_equal(a, b)
-
-
-@each_operation
-def test_memory_layout_makes_no_difference(name, xp):
-    f, arrays = arguments(name, xp)
-    strided = []  # every second entry of a wider array, read backwards
-    for a in arrays:
-        wide = np.repeat(np.flip(ag.to_cpu(a))[..., None], 2, axis=-1)
-        strided.append(xp.asarray(wide)[..., 0][(slice(None, None, -1),) * a.ndim])
-    for a, b in zip(*(value_and_gradients(f, xp, each) for each in (arrays, strided))):
-        # Other strides are summed in another order; sums here have at most 24 terms of size ~ 10.
-        np.testing.assert_allclose(a, b, rtol=0, atol=24 * 10 * np.finfo(float).eps)
 
 
 # Python's and NumPy's numbers on either side.
@@ -230,15 +198,6 @@ def test_sums_over_many_rows_of_float32_are_right_to_the_last_digit(rng):
 # ---------------------------------------------------------------------------- cross-entropy
 
 
-def test_cross_entropy_is_the_mean_of_minus_log_softmax_at_the_label(xp, rng):
-    logits, labels = 3 * rng.standard_normal((5, 4)), rng.integers(0, 4, 5)
-    slow = 0.0
-    for row, label in zip(logits, labels):
-        slow -= math.log(math.exp(row[label]) / math.fsum(math.exp(z) for z in row)) / 5
-    loss = ag.cross_entropy(Tensor(xp.asarray(logits)), xp.asarray(labels))
-    assert loss.shape == () and abs(float(loss.data) - slow) < 20 * np.finfo(float).eps
-
-
 def test_cross_entropy_and_softmax_survive_large_logits(xp):
     z = Tensor(xp.asarray(np.array([[1e4, 0.0, -1e4], [-1e4, 0.0, 5.0]])), requires_grad=True)
     loss = ag.cross_entropy(z, xp.asarray(np.array([1, 2])))
@@ -247,15 +206,6 @@ def test_cross_entropy_and_softmax_survive_large_logits(xp):
     assert np.isfinite(ag.to_cpu(z.grad)).all()
     p = ag.to_cpu(ag.softmax(z).data)
     np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-15)
-
-
-@pytest.mark.parametrize(
-    "logits, labels, kind",
-    [((2, 3), (2, 3), int), ((2, 3), 3, int), ((2, 3), 2, float), (3, 3, int)],
-)
-def test_cross_entropy_refuses_wrong_labels_by_name(logits, labels, kind):
-    with pytest.raises(ValueError, match="labels"):
-        ag.cross_entropy(Tensor(np.ones(logits)), np.ones(labels, kind))
 
 
 # ---------------------------------------------------------------------------------- the graph
@@ -272,29 +222,6 @@ def test_a_chain_of_5000_operations_is_walked_without_recursion(xp):
         slope = slope * 1.001 if i % 2 else slope + 1
     # 5,000 roundings, each of relative size eps
     np.testing.assert_allclose(ag.to_cpu(x.grad), [slope, 3 * slope], rtol=5000 * 2.3e-16)
-
-
-def test_topological_order_lists_each_tensor_once_and_parents_first():
-    a, b = (Tensor(np.ones(2), requires_grad=True) for _ in range(2))
-    c = a + a
-    d = c * b
-    e = d + c
-    constant = Tensor(np.ones(2))
-    f = e * constant
-    order = ag.topological_order(f)
-    place = {id(t): i for i, t in enumerate(order)}
-    assert len(order) == len(place) == 6 and order[-1] is f
-    for child, parents in ((c, [a]), (d, [c, b]), (e, [d, c]), (f, [e])):
-        assert all(place[id(p)] < place[id(child)] for p in parents)
-    assert id(constant) not in place
-
-
-def test_a_shared_node_passes_its_gradient_on_once():
-    a = Tensor(np.array([3.0]), requires_grad=True)
-    b = a + a
-    c = b + b
-    c.backward()
-    assert a.grad.tolist() == [4.0]
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -378,7 +305,7 @@ def test_backward_refuses_what_it_cannot_do():
         (Tensor(np.ones(3)) * 2).backward(np.ones(3))
 
 
-MISLED = {
+MISLED = {  # what is said: a backward pass that is wrong
     r"\(3,\) for an argument \(2, 3\)": lambda g, _: [g[0]],
     "None for an argument": lambda g, _: [None],
     "2 gradients for 1 arguments": lambda g, _: [g, g],
@@ -395,10 +322,10 @@ def test_a_wrong_number_or_shape_of_gradients_is_refused_by_the_operators_name(w
         ag.operator(misled, MISLED[what])(x).backward(np.ones((2, 3)))
 
 
-def test_a_number_is_gradient_enough_for_a_tensor_of_one_entry(xp):
-    x = Tensor(xp.asarray(np.arange(3.0)), requires_grad=True)
-    (x * x).sum().backward(0.5)
-    np.testing.assert_array_equal(ag.to_cpu(x.grad), [0, 1, 2])
+def test_a_number_is_gradient_enough_for_one_entry_and_a_constant_gets_none(xp):
+    x, c = (Tensor(xp.asarray(np.arange(3.0)), requires_grad=r) for r in (True, False))
+    (x * c).sum().backward(0.5)
+    assert x.grad.tolist() == [0, 0.5, 1] and c.grad is None
 
 
 def test_nothing_is_recorded_without_need(xp):
@@ -434,14 +361,6 @@ def test_no_grad_in_a_generator_is_refused_as_it_would_hold_outside():
     assert (Tensor(np.ones(3), requires_grad=True) * 2).requires_grad
 
 
-def test_a_constant_gets_no_gradient(xp):
-    x = Tensor(xp.asarray(np.ones(3)), requires_grad=True)
-    c = Tensor(xp.asarray(np.arange(3.0)))
-    (x * c).sum().backward()
-    assert c.grad is None
-    np.testing.assert_array_equal(ag.to_cpu(x.grad), [0, 1, 2])
-
-
 def test_tensor_refuses_what_has_no_gradient():
     with pytest.raises(TypeError, match="floating-point"):
         Tensor(np.arange(3), requires_grad=True)
@@ -455,44 +374,24 @@ def test_tensor_refuses_what_has_no_gradient():
     assert Tensor([1.0, 2.0]).dtype == np.float64 and Tensor([1.0, 2.0]).shape == (2,)
 
 
-def test_operations_refuse_bad_arguments(rng):
-    x = Tensor(rng.standard_normal((3, 4)))
-    with pytest.raises(TypeError, match="exponent"):
-        x ** np.array(2.0)
-    with pytest.raises(TypeError, match="index"):
-        x[np.array([0, 2])]
-    with pytest.raises(ValueError, match="matmul"):
-        x @ x
-    with pytest.raises(ValueError, match="matmul"):
-        x @ np.ones(4)
+BAD_ARGUMENTS = [
+    (lambda x: x ** np.array(2.0), TypeError, "exponent"),
+    (lambda x: x[np.array([0, 2])], TypeError, "index"),
+    (lambda x: x @ x, ValueError, "matmul"),
+    (lambda x: x @ np.ones(4), ValueError, "matmul"),
+    (lambda x: ag.gradient_check(ag.exp, np.ones(3, np.float32)), TypeError, "float64"),
+    (lambda x: ag.cross_entropy(x, np.ones((3, 4), int)), ValueError, "labels"),
+    (lambda x: ag.cross_entropy(x, np.ones(2, int)), ValueError, "labels"),
+    (lambda x: ag.cross_entropy(x, np.ones(3)), ValueError, "labels"),
+    (lambda x: ag.cross_entropy(x[0], np.ones(4, int)), ValueError, "labels"),
+    (lambda x: ag.cross_entropy(x, np.array([0, 1, 4])), ValueError, "labels from 0 to 4"),
+]
 
 
-def test_record_keeps_the_backward_only_where_a_graph_is_recorded():
-    x = Tensor(np.ones(3), requires_grad=True)
-    y = ag.record(x.data * 5, (x,), lambda g: [g * 5])
-    y.backward(np.array([1.0, 2.0, 3.0]))
-    assert x.grad.tolist() == [5.0, 10.0, 15.0]
-    with ag.no_grad():
-        assert not ag.record(x.data, (x,), lambda g: [g]).requires_grad
-
-
-def test_operator_plugs_a_manual_backward_into_the_graph(xp, rng):
-    a, b = (xp.asarray(rng.standard_normal((3, 4))) for _ in range(2))
-    assert ag.gradient_check(lambda x, y: product_by_hand(x, y) + x, a, b) < CHECK
-    assert ag.gradient_check(lambda x: product_by_hand(x, b), a) < CHECK  # a constant beside it
-
-
-@pytest.mark.parametrize(
-    "shape, stretched",
-    [((3, 4), (3, 4)), ((), (2, 3)), ((1,), (4,)), ((4,), (3, 4)), ((3, 1), (2, 3, 4)),
-     ((1, 1, 1), (2, 3, 4)), ((2, 1, 4), (2, 3, 4)), ((1, 4), (0, 4))],
-)  # fmt: skip
-def test_unbroadcast_is_the_adjoint_of_broadcasting(shape, stretched, xp, rng):
-    x, g = rng.standard_normal(shape), rng.standard_normal(stretched)
-    back = ag.unbroadcast(xp.asarray(g), shape)
-    assert back.shape == shape
-    left, right = (np.broadcast_to(x, stretched) * g).sum(), (x * ag.to_cpu(back)).sum()
-    assert abs(left - right) <= 24 * np.finfo(float).eps * abs(x).max() * abs(g).sum(initial=0)
+@pytest.mark.parametrize("f, error, message", BAD_ARGUMENTS)
+def test_operations_refuse_bad_arguments(f, error, message):
+    with pytest.raises(error, match=message):
+        f(Tensor(np.ones((3, 4))))
 
 
 # ------------------------------------------------------------------------- the gradient check
@@ -538,33 +437,6 @@ def test_gradient_check_sees(name, rng):
     assert ag.gradient_check(ag.operator(forward, backward), *arrays) > least
 
 
-def test_a_cotangent_of_ones_is_blind_to_an_orthogonal_map_where_gradient_check_is_not(rng):
-    """O = R(t) v turns v by the angle t: Σ O² does not depend on t, whatever the VJP says."""
-    v = rng.standard_normal(2)
-    turn = np.array([[0.0, -1.0], [1.0, 0.0]])  # dR/dt = turn R
-
-    def rotate(scale):
-        def forward(t):
-            O = np.cos(t) * v + np.sin(t) * (turn @ v)
-            return O, O
-
-        return ag.operator(forward, lambda g, O: [scale * np.sum(g * (turn @ O), keepdims=True)])
-
-    t = np.array([0.3])
-    for scale in (1.0, 1.001, -7.0):  # right, slightly wrong, quite wrong: all the same below
-        x = Tensor(t, requires_grad=True)
-        O = rotate(scale)(x)
-        (O * O).sum().backward()
-        assert abs(x.grad[0]) < 10 * abs(scale) * np.finfo(float).eps * (v @ v)
-    assert ag.gradient_check(rotate(1.0), t) < CHECK
-    assert ag.gradient_check(rotate(1.001), t) > 1e-4
-
-
-def test_gradient_check_refuses_single_precision():
-    with pytest.raises(TypeError, match="float64"):
-        ag.gradient_check(ag.exp, np.ones(3, np.float32))
-
-
 # ------------------------------------------------------------------------- arrays and devices
 
 
@@ -583,19 +455,6 @@ def test_arrays_of_two_modules_are_refused():
     for f in (ag.add, ag.multiply, ag.matmul):
         with pytest.raises(TypeError, match="cannot be mixed"):
             f(Tensor(a), Tensor(b))
-
-
-@pytest.mark.parametrize("thing", [[1.0], "x", None, {}])
-def test_array_module_refuses_what_is_no_array(thing):
-    with pytest.raises(TypeError, match=type(thing).__name__):
-        ag.array_module(thing)
-
-
-def test_to_cpu_brings_the_values_back(xp, rng):
-    a = rng.standard_normal((3, 4))
-    back = ag.to_cpu(xp.asarray(a))
-    assert type(back) is np.ndarray
-    np.testing.assert_array_equal(back, a)
 
 
 def fake_cupy(product):
@@ -680,12 +539,13 @@ REFUSALS = {
     "a 0-d bound": lambda x: x[: x.argmax()],
     "a 0-d iterable": lambda x: list(x.sum()),
     "a 0-d list index": lambda x: [1, 2, 3][x.argmax()],
+    "solving two batches": lambda x: refusing.linalg.solve(x[:1, None, None], x[:, None, None]),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_the_stand_in_refuses_what_cupy_refuses(name):
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError)):
         REFUSALS[name](refusing.asarray(np.arange(3.0)))
 
 
@@ -694,15 +554,6 @@ def test_the_stand_in_lacks_the_names_that_cupy_lacks():
         assert not hasattr(refusing, name)
     assert not hasattr(refusing.linalg, "matrix_norm") and hasattr(refusing.linalg, "qr")
     assert not hasattr(refusing.asarray(np.ones(3)), "ctypes")
-
-
-def test_the_stand_in_solves_batches_of_one_shape_only(rng):
-    a = refusing.asarray(rng.standard_normal((2, 3, 3)))
-    b = refusing.asarray(rng.standard_normal((2, 3, 1)))
-    x = refusing.linalg.solve(a, b)
-    np.testing.assert_allclose((a @ x - b).get(), 0, atol=1e-12)
-    with pytest.raises(ValueError, match="broadcast"):
-        refusing.linalg.solve(a, b[0])
 
 
 def test_the_stand_in_counts_transfers_and_waits():

@@ -35,18 +35,6 @@ def fill(tensor, value):
 # ------------------------------------------------------------------------------- initialisation
 
 
-@pytest.mark.parametrize("n, m", [(5, 5), (7, 3), (3, 7), (1, 4)])
-@each_dtype
-def test_random_orthogonal_has_orthonormal_columns_or_rows(n, m, dtype, rng):
-    W = osa.random_orthogonal(n, m, rng, dtype)
-    assert W.shape == (n, m) and W.dtype == dtype and W.flags.c_contiguous
-    W = W.astype(float)
-    # Each entry, at most 1, is rounded by eps; a product sums max(n, m) of them.
-    atol = 4 * max(n, m) * EPS[dtype]
-    gram = W.T @ W if n >= m else W @ W.T
-    np.testing.assert_allclose(gram, np.eye(min(n, m)), rtol=0, atol=atol)
-
-
 def test_random_orthogonal_is_haar_and_not_lapacks_signs(rng):
     """The diagonal of a Haar matrix takes both signs alike; that of LAPACK's Q does not."""
     signs = [np.sign(np.diag(osa.random_orthogonal(4, 4, rng))) for _ in range(200)]
@@ -73,11 +61,6 @@ def test_initialisation_is_orthogonal_with_orthonormal_queries_and_keys(d, heads
         np.testing.assert_allclose(W.T @ W, np.eye(d), rtol=0, atol=atol)
     assert np.all(init["alpha"] == dtype(0.2))
     assert abs(W_QK[0] - W_QK[1]).max() > 0.1 and abs(W_V - W_O).max() > 0.1  # drawn separately
-
-
-def test_initialisation_repeats_with_the_seed():
-    a, b = (network(SMALL, seed=3).parameters for _ in range(2))
-    assert all(np.array_equal(a[k].data, b[k].data) for k in a)
 
 
 @pytest.mark.parametrize("heads", [0, 3, 16, -2, 1])
@@ -127,10 +110,11 @@ def test_the_layer_is_heads_of_the_definition_side_by_side(attention, rng):
     np.testing.assert_allclose(layer(Tensor(X)).data, slow, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("target", [0.05, 0.1, 2.0])
+@pytest.mark.parametrize("size", [1e-8, 1, 1e8])
+@pytest.mark.parametrize("target", [1e-3, 0.1, 10.0])
 @each_dtype
-def test_calibration_reaches_its_target_in_every_head(target, dtype, rng, xp):
-    Q, K = rng.standard_normal((2, 5, 3, 10, 4)).astype(dtype)
+def test_calibration_reaches_its_target_in_every_head(target, size, dtype, rng, xp):
+    Q, K = (size * rng.standard_normal((2, 5, 3, 10, 4))).astype(dtype)
     K[:, 1] *= 7  # heads of different size
     alpha = osa.calibrate_alpha(xp.asarray(Q), xp.asarray(K), target)
     assert alpha.shape == (3, 1, 1) and alpha.dtype == dtype
@@ -139,11 +123,13 @@ def test_calibration_reaches_its_target_in_every_head(target, dtype, rng, xp):
     np.testing.assert_allclose(largest, target, rtol=8 * 10 * EPS[dtype])
 
 
-def test_calibration_of_a_head_without_scores_is_finite(rng, xp):
-    Q, K = rng.standard_normal((2, 5, 3, 10, 4))
+@each_dtype
+def test_calibration_without_scores_is_the_target_and_not_that_of_rounding(dtype, rng, xp):
+    Q = rng.standard_normal((2, 3, 9, 4)).astype(dtype)
+    K = Q.copy()
     Q[:, 1] = 0
     alpha = ag.to_cpu(osa.calibrate_alpha(xp.asarray(Q), xp.asarray(K), 0.1))
-    assert np.isfinite(alpha).all() and alpha[1, 0, 0] == 0.1
+    assert alpha.ravel().tolist() == 3 * [dtype(0.1)]
 
 
 def correlation_map(c, a, points=20_000):
@@ -176,12 +162,7 @@ def test_the_tailored_slope_takes_correlation_zero_to_eta_over_the_depth(depth, 
     assert abs(correlation(depth, a) - eta) < depth * (2 * math.pi / 20_000) ** 2
 
 
-def test_the_tailored_slope_falls_as_eta_rises():
-    slopes = [osa.tailored_slope(8, eta) for eta in (0.1, 0.3, 0.5, 0.7)]
-    assert slopes == sorted(slopes, reverse=True)
-
-
-@pytest.mark.parametrize("depth, eta", [(2, 0.9), (12, 0.9), (6, 0.0), (6, -0.1), (6, 1.0)])
+@pytest.mark.parametrize("depth, eta", [(2, 0.9), (12, 0.9), (6, 0.0), (6, -1), (6, math.nan)])
 def test_an_eta_out_of_reach_is_refused_by_name(depth, eta):
     with pytest.raises(ValueError, match="eta"):
         osa.tailored_slope(depth, eta)
@@ -229,18 +210,6 @@ def test_a_layer_with_a_zero_weight_gives_exactly_zero_so_that_no_skip_leads_aro
     # The network's answer is then the bias of the classifier, whatever the image.
     fill(model.outer["b_C"], np.arange(5))
     np.testing.assert_array_equal(model(images(rng, 2, 16)).data, [np.arange(5)] * 2)
-
-
-def test_nothing_normalises_a_layer_scales_with_its_input(rng):
-    """Attention is linear in V, and the MLP positively homogeneous without biases."""
-    model = network(SMALL, dtype=np.float64)
-    X = rng.standard_normal((2, 16, 12))
-    for attention, mlp in model.layers:
-        fill(attention.parameters["alpha"], 0)
-        out = mlp(attention(Tensor(X))).data
-        for c in (1e-3, 7.0):
-            scaled = mlp(attention(Tensor(c * X))).data
-            np.testing.assert_allclose(scaled, c * out, rtol=0, atol=c * 100 * EPS[np.float64])
 
 
 def test_nothing_normalises_the_network_scales_with_the_image(rng):
@@ -304,9 +273,10 @@ def test_patchify_cuts_images_row_by_row(channels, rng, xp):
         np.testing.assert_array_equal(patches[b], slow)
 
 
-def test_a_patch_that_does_not_divide_the_image_is_refused_by_name(rng):
-    with pytest.raises(ValueError, match="patch"):
-        osa.patchify(np.ones((1, 6, 6)), 4)
+def test_a_patch_that_does_not_divide_the_image_is_refused_by_name():
+    for images in (np.ones((1, 6, 8)), np.ones((1, 8, 6)), np.ones((0, 8, 8))):
+        with pytest.raises(ValueError, match="patch"):
+            osa.patchify(images, 4)
     with pytest.raises(ValueError, match="patch"):
         network(SMALL | {"patch": 5})
 
@@ -340,16 +310,6 @@ def test_every_parameter_activation_and_gradient_stays_float32(attention, shape,
         assert t.grad.shape == t.shape and bool(abs(t.grad).max() > 0), name
 
 
-@each_layer
-def test_a_batch_of_one_gets_the_answer_it_gets_among_others(attention, rng, xp):
-    model = network(SMALL, xp, attention=attention)
-    x = images(rng, 5, 16, xp)
-    together, alone = (ag.to_cpu(model(a).data) for a in (x, x[2:3]))
-    assert alone.shape == (1, 5)
-    # A few hundred roundings on the way, of values of about 1.
-    np.testing.assert_allclose(alone[0], together[2], rtol=0, atol=300 * EPS[np.float32])
-
-
 def set_parameters(model, tensors):
     """Puts `tensors`, in the order of `model.parameters`, in place of the parameters."""
     remaining = iter(tensors)
@@ -381,49 +341,3 @@ def test_gradients_of_all_parameters_of_the_network_agree_with_central_differenc
     # of the leaky ReLU within the step would show as 1e-5 or more, and there is none for this seed.
     assert ag.gradient_check(logits, *arrays, directions=1) < 1e-8
     assert ag.gradient_check(loss, *arrays, directions=1) < 1e-8
-
-
-@each_layer
-def test_the_network_and_its_gradients_are_the_same_on_every_kind_of_array(attention, rng, xp):
-    x, labels = images(rng, 3, 16, dtype=np.float64), np.array([4, 0, 1])
-    results = []
-    for module in (np, xp):
-        model = network(SMALL, module, np.float64, attention=attention)
-        logits = model(module.asarray(x))
-        ag.cross_entropy(logits, module.asarray(labels)).backward()
-        results.append([logits.data, *(t.grad for t in model.parameters.values())])
-    for a, b in zip(*results):
-        np.testing.assert_allclose(ag.to_cpu(b), a, rtol=0, atol=1e4 * EPS[np.float64])
-
-
-def test_logits_without_a_graph_are_the_same_and_record_nothing(rng):
-    model = network(SMALL)
-    x = images(rng, 3, 16)
-    with ag.no_grad():
-        quiet = model(x)
-    assert not quiet.requires_grad
-    np.testing.assert_array_equal(quiet.data, model(x).data)
-
-
-@each_layer
-def test_images_and_parameters_are_not_modified_by_a_step(attention, rng):
-    model = network(SMALL, attention=attention)
-    x = images(rng, 3, 16)
-    for a in (x, *(t.data for t in model.parameters.values())):
-        a.flags.writeable = False  # a write would raise
-    ag.cross_entropy(model(x), np.array([0, 1, 2])).backward()
-
-
-@each_layer
-def test_gradient_descent_on_its_own_gradient_lowers_the_loss(attention, rng, xp):
-    model = network(SMALL, xp, attention=attention)
-    x, labels = images(rng, 8, 16, xp), xp.asarray(np.arange(8) % 5)
-    losses = []
-    for _ in range(5):
-        loss = ag.cross_entropy(model(x), labels)
-        losses.append(float(loss.data))
-        loss.backward()
-        for t in model.parameters.values():
-            t.data -= 0.005 * t.grad
-            t.grad = None
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.01

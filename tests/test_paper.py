@@ -51,14 +51,6 @@ def test_scores_are_the_definition_entry_by_entry():
             assert abs(S[i, j] - slow) < 20 * np.finfo(float).eps
 
 
-def test_scores_are_exactly_skew_symmetric(case, dtype, xp):
-    Q, K, _, alpha = cast(dtype, *make(case))
-    S = osa.skew_scores(xp.asarray(Q), xp.asarray(K), xp.asarray(alpha))
-    assert S.dtype == dtype and S.shape == (*Q.shape[:-1], Q.shape[-2])
-    S = ag.to_cpu(S)
-    np.testing.assert_array_equal(S, -S.mT)
-
-
 def test_the_dense_definition_is_scipys_expm(case):
     Q, K, V, alpha = make(case)
     A = cases.expm_one_by_one(osa.skew_scores(Q, K, alpha))
@@ -66,15 +58,6 @@ def test_the_dense_definition_is_scipys_expm(case):
     close(osa.exp_skew(osa.skew_scores(Q, K, alpha)), A, tol)
     close(osa.attention_matrix(Q, K, alpha), A, tol)
     close(osa.osa_dense(Q, K, V, alpha), A @ V, tol)
-
-
-def test_exp_of_skew_matrices_is_orthogonal(spectrum, dtype, rng, xp):
-    S = spectrum(rng).astype(dtype)
-    A = osa.exp_skew(xp.asarray(S))
-    assert A.dtype == dtype
-    A, n = ag.to_cpu(A).astype(float), S.shape[-1]
-    tol = 8 * n * np.finfo(dtype).eps  # orthogonal whatever ‖S‖ is
-    close(A @ A.mT, np.broadcast_to(np.eye(n), A.shape), tol)
 
 
 @pytest.mark.parametrize("size", [1, 1e6, 1e12, 1e15])
@@ -103,11 +86,6 @@ def test_rotation_angles_are_the_eigenvalues_of_S(case, dtype, xp):
     close(theta[..., 0], np.linalg.norm(S, 2, axis=(-2, -1)), tol)
     norm = np.sqrt(2 * (ag.to_cpu(theta) ** 2).sum(axis=-1))  # ‖S‖_F² = 2 Σ θ²
     close(norm, np.linalg.norm(S, axis=(-2, -1)), tol)
-
-
-def test_calibration_of_equal_queries_and_keys_is_not_that_of_rounding_noise(dtype, rng):
-    q = rng.standard_normal((2, 3, 9, 4)).astype(dtype)
-    assert np.allclose(osa.calibrate_alpha(q, q.copy(), 0.1), 0.1)
 
 
 # -------------------------------------------------------------------------- exponential, bases
@@ -147,29 +125,21 @@ def test_exp_phi1_in_one_plane_is_cosine_and_sine_to_the_last_digits(theta, dtyp
     close(F, (math.sin(theta) * I + 2 * math.sin(theta / 2) ** 2 * J) / theta, 2 * eps)
 
 
-@pytest.mark.parametrize("size", [0, 1e-200, 1, 1e200])
+@pytest.mark.parametrize("size", [0, 1e-30, 1, 1e30])
 @pytest.mark.parametrize("frechet", [osa.frechet, fast.small.frechet_skew])
 def test_frechet_derivative_is_the_corner_of_a_block_triangular_exp(
-    frechet, size, spectrum, rng, xp
+    frechet, size, spectrum, dtype, rng, xp
 ):
     """exp of [[S, D], [0, S]] is [[exp S, L(S, D)], [0, exp S]], for any D, and linear in it."""
-    S = spectrum(rng)
-    D, n = rng.standard_normal(S.shape), S.shape[-1]
+    S = spectrum(rng).astype(dtype)
+    D, n = rng.standard_normal(S.shape).astype(dtype), S.shape[-1]
+    L = frechet(xp.asarray(S), xp.asarray(dtype(size) * D))
+    assert L.dtype == dtype
+    S, D = S.astype(float), D.astype(float)
     corner = cases.expm_one_by_one(np.block([[S, D], [np.zeros_like(S), S]]))[..., :n, n:]
-    L = frechet(xp.asarray(S), xp.asarray(size * D))
     # SciPy squares about log2(‖S‖ + ‖D‖) times, and its errors add up
-    tol = 4 * n * np.finfo(float).eps * max(1, cases.spectral_norm(S)) * np.linalg.norm(D)
-    close(L / (size or 1), corner if size else 0 * corner, tol)
-
-
-def test_a_basis_is_orthonormal_and_spans_the_columns(method, dtype, rng, xp):
-    M = rng.standard_normal((2, 11, 4)).astype(dtype)
-    B = osa.orthonormal_basis(xp.asarray(M), method)
-    assert B.dtype == dtype
-    B, tol = ag.to_cpu(B).astype(float), 8 * 11 * np.finfo(dtype).eps
-    close(B.mT @ B, np.broadcast_to(np.eye(4), (2, 4, 4)), tol)
-    close(B @ (B.mT @ M), M.astype(float), tol * 3)  # entries of M reach 3
-    assert np.isfinite(ag.to_cpu(osa.orthonormal_basis(xp.asarray(0 * M), method))).all()
+    tol = 4 * n * np.finfo(dtype).eps * max(1, cases.spectral_norm(S)) * np.linalg.norm(D)
+    close(ag.to_cpu(L).astype(float) / (size or 1), corner if size else 0 * corner, tol)
 
 
 # ------------------------------------------------------------------------------------ one answer
@@ -190,20 +160,6 @@ def test_every_operator_gives_the_dense_definition_and_its_gradient(case, operat
     agrees(operator, xp, inputs, osa.osa_dense(*exact_in[:4]), exact)
 
 
-def test_the_layer_with_the_papers_operator_is_that_with_fasts(rng, xp):
-    X = rng.standard_normal((2, 9, 8))
-    results = []
-    for layer in (osa.MultiHeadOSA, fast.MultiHeadOSA):
-        attention = layer(8, 2, np.random.default_rng(0), xp, np.float64)
-        tokens = ag.Tensor(xp.asarray(X), requires_grad=True)
-        Y = attention(tokens)
-        Y.backward(xp.asarray(cotangent(X)))
-        gradients = [tokens.grad, *(p.grad for p in attention.parameters.values())]
-        results.append([ag.to_cpu(a) for a in (Y.data, *gradients)])
-    for one, other in zip(*results):
-        close(one, other, 20 * (9 + 10) * np.finfo(float).eps)  # some products of factors up to 5
-
-
 # ------------------------------------------------------------------------------- orthogonality
 
 
@@ -219,87 +175,23 @@ def test_attention_matrix_is_orthogonal_with_determinant_one(case, operator, dty
     close(np.linalg.det(A), np.ones(A.shape[:-2]), A.shape[-1] * tol)
 
 
-def test_exp_of_minus_S_is_the_inverse(case, operator, dtype):
-    Q, K, _, alpha = cast(dtype, *make(case))
-    A, back = (operator.matrix(Q, K, a).astype(float) for a in (alpha, -alpha))
-    close(A @ back, np.broadcast_to(np.eye(A.shape[-1]), A.shape), tolerance(Q, K, alpha))
-    swapped = operator.matrix(K, Q, alpha)  # S changes sign with Q and K swapped
-    close(swapped, back, tolerance(Q, K, alpha))
-
-
-def test_alpha_zero_is_the_identity(operator, dtype):
-    Q, K, V, alpha = cast(dtype, *make("alpha = 0"))
-    close(operator.forward(Q, K, V, alpha)[0], V, tolerance(Q, K, alpha))
-
-
-def test_norms_of_values_are_kept(operator, dtype):
-    Q, K, V, alpha = cast(dtype, *make("batch, alpha per head"))
-    O = operator.forward(Q, K, V, alpha)[0].astype(float)
-    before = np.linalg.norm(V.astype(float), axis=-2)
-    close(np.linalg.norm(O, axis=-2), before, tolerance(Q, K, alpha))
-
-
-def test_padded_rows_are_the_identitys_and_change_no_other_row(operator, dtype):
+def test_padded_rows_keep_their_values_and_change_no_other_row(operator, dtype):
     Q, K, V, alpha = cast(dtype, *make("padded rows"))
-    tol = tolerance(Q, K, alpha)
-    A = operator.matrix(Q, K, alpha)
-    I = np.eye(13)
-    close(A[9:], I[9:], tol)
-    close(A[:, 9:], I[:, 9:], tol)
-    O = operator.forward(Q, K, V, alpha)[0]
-    close(O[9:], V[9:].astype(float), tol)
-    alone = operator.forward(Q[:9], K[:9], V[:9], alpha)[0]
-    close(O[:9], alone.astype(float), tol)
-
-
-def test_a_permutation_of_tokens_permutes_the_output(operator, dtype, rng):
-    Q, K, V, alpha = cast(dtype, *make("generic"))
-    p = rng.permutation(13)
-    O = operator.forward(Q, K, V, alpha)[0]
-    permuted = operator.forward(Q[p], K[p], V[p], alpha)[0]
-    close(permuted, O[p].astype(float), tolerance(Q, K, alpha))
+    O, alone = (operator.forward(Q[:n], K[:n], V[:n], alpha)[0] for n in (13, 9))
+    close(O, np.concatenate([alone, V[9:]]), tolerance(Q, K, alpha))
 
 
 # ------------------------------------------------------------------------------------- gradients
 
+
 # In these cases O does not depend on some of the arguments, to first order: differences are then
 # rounding noise alone, and an error relative to it says nothing.
-FLAT = {"K = Q", "alpha = 0", "Q = K = V = 0", "Q = 0", "N = 1"}
-
-
-def test_backward_agrees_with_central_differences(case, operator):
-    Q, K, V, alpha = cast(np.float64, *make(case))
-    f = checked = operator.on_tensors()
-    if case in FLAT:  # add known linear terms, so that no gradient that is checked vanishes
-        M, N = np.random.default_rng(1).standard_normal((2, Q.shape[-1], V.shape[-1]))
-
-        def checked(q, k, v, a):
-            return f(q, k, v, a) + q @ M + k @ N + a * (V + 1)
-
-    error = ag.gradient_check(checked, Q, K, V, alpha, directions=2)
-    # Differences are right to eps^(2/3) = 4e-11 times the third derivative of the output along a
-    # random direction, at most (‖dS‖/‖S‖)³ ‖S‖³ ~ 100 here, 1e4 at large angles.
-    assert error < (1e-6 if case == "large angles" else 1e-8)
-
-
-@pytest.mark.parametrize("name", ["auto", "gram", "paper qr"])
-def test_backward_agrees_with_central_differences_on_each_kind_of_array(name, xp):
+# The only oracle of the gradient without SciPy and PyTorch.
+@pytest.mark.parametrize("name", ["auto", "dense", "paper qr"])
+def test_backward_agrees_with_central_differences(name, xp):
     arrays = [xp.asarray(np.asarray(a)) for a in make("batch, alpha per head")]
     f = osa.osa if name == "paper qr" else OPERATORS[name].on_tensors()
     assert ag.gradient_check(f, *arrays, directions=1) < 1e-8
-
-
-@pytest.mark.parametrize("case", ["generic", "N < 2 d_v", "batch, alpha per head"])
-def test_the_gradient_of_alpha_at_zero_is_that_of_its_linear_term(case, operator):
-    """exp(S) = I + S + …, so dα = ⟨dO, S V⟩/α there, which the formula must reach without 0/0."""
-    Q, K, V, alpha = make(case)
-    alpha, dO = np.zeros_like(np.asarray(alpha)), cotangent(V)
-    dalpha = operator.gradients(Q, K, V, alpha, dO)[3]
-    unit = osa.skew_scores(Q, K, 1.0)
-    expected = (dO * (unit @ V)).sum(axis=(-2, -1), keepdims=True)
-    expected = ag.unbroadcast(expected, alpha.shape)
-    size = np.linalg.norm(dO) * np.linalg.norm(unit @ V)
-    close(np.asarray(dalpha), expected, 8 * Q.shape[-2] * np.finfo(float).eps * size)
 
 
 @pytest.mark.parametrize(
@@ -322,24 +214,6 @@ def test_a_python_number_is_a_fine_alpha(name, xp):
     for a, b in zip(by_number, by_array):
         np.testing.assert_array_equal(ag.to_cpu(a), ag.to_cpu(b))
     assert by_number[3].shape == ()
-
-
-@pytest.mark.parametrize("case", ["repeated columns", "repeated tokens", "K = Q", "padded rows"])
-def test_the_gradient_does_not_depend_on_the_basis(case):
-    """exp(S) V depends on Q, K through S only: no basis at all and QR's arbitrary completion of a
-    rank-deficient [Q, K] give one gradient, and so does any other basis of that span."""
-    Q, K, V, alpha = make(case)
-    dO = cotangent(V)
-    gram = OPERATORS["gram"].gradients(Q, K, V, alpha, dO)
-    sizes, tol = gradient_sizes(Q, K, V, alpha, dO), tolerance(Q, K, alpha)
-    for name in ("qr", "newton_schulz", "paper qr", "paper newton_schulz"):
-        gradients_close(OPERATORS[name].gradients(Q, K, V, alpha, dO), gram, sizes, tol)
-    # Q → Q cosh t + K sinh t, K → Q sinh t + K cosh t is a symplectic change of P: S is the same.
-    c, s = math.cosh(0.3), math.sinh(0.3)
-    for name in ("qr", "paper qr"):
-        other = OPERATORS[name].gradients(c * Q + s * K, s * Q + c * K, V, alpha, dO)
-        dQ, dK = c * other[0] + s * other[1], s * other[0] + c * other[1]  # by the chain rule
-        gradients_close((dQ, dK, *other[2:]), gram, sizes, 2 * tol)  # (cosh + sinh)² < 2
 
 
 @pytest.mark.parametrize("name", ["auto", "paper qr"])
@@ -407,19 +281,6 @@ def test_inputs_are_not_modified(case, operator, dtype):
         np.testing.assert_array_equal(a, b)
     for result in (O, *first[:3]):
         assert not any(np.shares_memory(result, a) for a in (*arrays, dO))
-
-
-def test_other_memory_layouts_give_the_same_result(operator):
-    Q, K, V, alpha = make("batch, alpha per head")
-
-    def strided(a):
-        return np.repeat(np.flip(a)[..., None], 2, axis=-1)[..., 0][(np.s_[::-1],) * a.ndim]
-
-    dO, tol = cotangent(V), tolerance(Q, K, alpha)
-    arrays = [strided(a) for a in (Q, K, V, alpha, dO)]
-    close(operator.forward(*arrays[:4])[0], operator.forward(Q, K, V, alpha)[0], tol)
-    tight, loose = operator.gradients(Q, K, V, alpha, dO), operator.gradients(*arrays)
-    gradients_close(loose, tight, gradient_sizes(Q, K, V, alpha, dO), tol)
 
 
 # -------------------------------------------------------------------------------------- bad input

@@ -5,7 +5,6 @@ definition in float64, or, of fast/, an error that names the argument; never a w
 warning (errors here) or a changed input.  The same inputs every time: the search is derandomised.
 """
 
-import itertools
 import math
 import re
 
@@ -27,7 +26,7 @@ settings.register_profile(
 )  # fmt: skip
 settings.load_profile("here")
 REFUSALS = (ValueError, TypeError, FloatingPointError)
-NAMES = r"\b(Q|K|V|S|M|E|dO|alpha|α|route|method|eta|depth|heads|patch|images|n|m|dtype|width)\b"
+NAMES = r"\b(Q|K|V|S|dO|alpha|α)\b"
 
 
 def laid_out(a, layout):
@@ -175,6 +174,7 @@ def test_scores_matrix_and_angles_are_those_of_the_definition(arrays):
     theta = unchanged(osa.rotation_angles, Q, K, alpha)
     exact_S = osa.skew_scores(*wide)
     tiny = float(np.finfo(Q.dtype).tiny) * Q.size
+    assert S.dtype == A.dtype == B.dtype == theta.dtype == Q.dtype
     assert abs(S - exact_S).max() <= tol * sigma / max(1, sigma) + tiny and (S == -S.mT).all()
     N = Q.shape[-2]
     for matrix in (A, B):
@@ -186,28 +186,6 @@ def test_scores_matrix_and_angles_are_those_of_the_definition(arrays):
     assert abs(theta[..., : lam.shape[-1]] - lam).max(initial=0) <= tol * sigma / max(1, sigma) + (
         tiny
     )
-
-
-@given(inputs(), st.sampled_from(["Q", "K", "V", "alpha", "dO"]), st.sampled_from([np.nan, np.inf]))
-def test_nan_and_inf_are_refused_by_name(arrays, name, bad):
-    named = dict(zip(("Q", "K", "V", "alpha", "dO"), arrays))
-    if name == "dO":
-        sigma = abs(float(np.max(named["alpha"]))) * size(*arrays[:2])
-        if not finite_in(arrays[0].dtype, sigma, size(*arrays[:2])):
-            return
-    a = np.array(named[name], arrays[0].dtype)
-    a[(..., *(0,) * min(a.ndim, 2))] = bad
-    named[name] = a
-    if name == "dO":
-        saved = fast.osa_forward(*arrays[:4])[1]
-        with pytest.raises(ValueError, match=name):
-            fast.osa_backward(a, saved)
-        return
-    with pytest.raises(ValueError, match=name):
-        fast.osa_forward(*(named[k] for k in ("Q", "K", "V", "alpha")))
-    if name != "V":
-        with pytest.raises(ValueError, match=name):
-            fast.attention_matrix(*(named[k] for k in ("Q", "K", "alpha")))
 
 
 SHAPES = [(), (0,), (3,), (0, 2), (3, 0), (3, 2), (4, 2), (3, 1), (1, 3, 2), (0, 3, 2), (2, 3, 2)]
@@ -224,21 +202,6 @@ def test_foreign_shapes_and_dtypes_are_refused_by_name(kinds):
         fits = all(a.dtype in (np.float32, np.float64) for a in arguments)
         fits = fits and Q.dtype == K.dtype and Q.shape == K.shape and Q.ndim > 1 and Q.size
         assert fits or isinstance(result, Exception)
-
-
-@pytest.mark.parametrize("bad", [None, "x", [[1.0]], 3.0, ()], ids=repr)
-def test_what_is_no_array_is_refused_by_name(bad):
-    good = np.ones((3, 2))
-    for f, n in ((fast.osa_forward, 3), (fast.attention_matrix, 2)):
-        for i in range(n):
-            arguments = [bad if i == j else good for j in range(n)]
-            with pytest.raises(TypeError, match=rf"\b{'QKV'[i]}\b"):
-                f(*arguments, 0.1)
-    if bad != 3.0:
-        with pytest.raises(TypeError, match="alpha"):
-            fast.osa_forward(good, good, good, bad)
-    with pytest.raises(ValueError, match="route"):
-        fast.osa_forward(good, good, good, 0.1, bad)
 
 
 # ------------------------------------------------------------------------------------ the others
@@ -269,26 +232,6 @@ def test_the_exponential_is_orthogonal_and_its_spectrum_exact(case):
     assert abs((U * lam[..., None, :]) @ U.conj().mT - 1j * S).max() <= 8 * n * eps * norm
 
 
-@pytest.mark.parametrize("frechet", [osa.frechet, small.frechet_skew])
-@given(case=skew())
-def test_the_frechet_derivative_is_linear_and_the_difference_of_exponentials(frechet, case):
-    S, rng = case
-    E = rng.standard_normal(S.shape).astype(S.dtype)
-    n, eps, norm = S.shape[-1], float(np.finfo(S.dtype).eps), size(S)
-    L = unchanged(frechet, S, E)
-    tol = 16 * n * eps * max(1, norm) * size(E)
-    assert abs(frechet(S, 3 * E) - 3 * L).max() <= 3 * tol
-    if norm > 10:
-        return
-    wide, h = S.astype(float), 1e-5
-    D = E.astype(float) - E.astype(float).mT  # a skew direction: S + hD is skew again
-    difference = (osa.exp_skew(wide + h * D) - osa.exp_skew(wide - h * D)) / (2 * h)
-    got = frechet(S, D.astype(S.dtype))
-    # Central differences: h² ‖D‖³/6 and eps/h, and float32's own rounding.
-    allowed = 2 * tol + h * h * size(D) ** 3 + 8 * n * 2e-16 / h * max(1, norm)
-    assert abs(got - difference).max() <= allowed
-
-
 @given(skew(), st.integers(1, 12), st.sampled_from(["qr", "newton_schulz"]))
 def test_a_basis_is_orthonormal_and_spans_its_matrix(case, N, method):
     S, rng = case
@@ -309,59 +252,9 @@ def test_a_basis_is_orthonormal_and_spans_its_matrix(case, N, method):
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([np.float32, np.float64]))
 def test_random_orthogonal_matrices_are_orthogonal(n, m, dtype):
     W = osa.random_orthogonal(n, m, np.random.default_rng(0), dtype)
-    assert W.shape == (n, m) and W.dtype == dtype
+    assert W.shape == (n, m) and W.dtype == dtype and W.flags.c_contiguous
     gram = W.T @ W if n >= m else W @ W.T
     assert abs(gram - np.eye(min(n, m))).max() <= 16 * max(n, m) * np.finfo(dtype).eps
-
-
-@given(st.integers(1, 12), st.integers(-1, 6))
-def test_initialisation_is_orthogonal_or_refused(d, heads):
-    try:
-        init = osa.init_mosa(d, heads, np.random.default_rng(0))
-    except ValueError as error:
-        assert re.search(NAMES, str(error)) and (heads < 2 or d % heads), error
-        return
-    assert heads >= 2 and init["W_QK"].shape == (heads, d, 2 * d // heads)
-    for W in (*init["W_QK"], init["W_V"], init["W_O"]):
-        assert abs(W.T @ W - np.eye(W.shape[1])).max() <= 16 * d * np.finfo(np.float32).eps
-
-
-@given(st.integers(0, 2**32), st.integers(-8, 8), st.sampled_from([1e-3, 0.1, 10.0]))
-def test_calibration_gives_the_target(seed, exponent, target):
-    rng = np.random.default_rng(seed)
-    Q, K = rng.standard_normal((2, 3, 2, 5, 4)) * 10.0**exponent
-    alpha = unchanged(osa.calibrate_alpha, Q, K, target)
-    theta = osa.rotation_angles(Q, K, alpha)[..., 0].max(axis=0)
-    assert np.allclose(theta, target, rtol=1e-12, atol=0)
-
-
-@given(st.integers(1, 30), st.one_of(st.floats(-1, 2), st.just(math.nan)))
-def test_the_slope_takes_correlation_0_to_eta_or_eta_is_refused(depth, eta):
-    try:
-        a = osa.tailored_slope(depth, eta)
-    except ValueError as error:
-        assert "eta" in str(error)
-        return
-    c = 0.0
-    for _ in range(depth):
-        bend = (1 - a) ** 2 / (math.pi * (1 + a * a))
-        c = min(1.0, c + bend * (math.sqrt(1 - c * c) - c * math.acos(c)))
-    # 1 − c² loses the digits that 1 − c has left; the slope itself is within 2⁻⁶⁰ of the root.
-    assert 0 <= a <= 1 and abs(c - eta) <= 1e-7
-
-
-@given(*[st.integers(0, 6) for _ in range(3)], st.integers(1, 3), st.integers(1, 4))
-def test_patches_hold_every_pixel_once(B, H, W, C, patch):
-    images = np.arange(float(B * H * W * C)).reshape(B, H, W, C)
-    tokens = unchanged(osa.patchify, images, patch)
-    if isinstance(tokens, Exception):
-        assert H % patch or W % patch or images.size == 0
-        return
-    assert tokens.shape == (B, H // patch * (W // patch), patch * patch * C)
-    assert C > 1 or (tokens == osa.patchify(images[..., 0], patch)).all()
-    for b, i, j in itertools.product(range(B), range(H), range(W)):
-        token, pixel = i // patch * (W // patch) + j // patch, i % patch * patch + j % patch
-        assert (tokens[b, token, pixel * C : (pixel + 1) * C] == images[b, i, j]).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

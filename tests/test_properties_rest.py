@@ -23,7 +23,7 @@ from test_properties_autograd import (
 
 import osa_minimal as osa
 from autograd import Tensor
-from fast import basis, small
+from fast import basis
 from relatives.softmax import softmax_attention, softmax_forward
 from relatives.transformer import layer_norm, layer_norm_forward
 from training import data, optimizers
@@ -212,33 +212,6 @@ def test_the_cholesky_basis_spans_its_matrix(rng, batch, r, more, dtype, special
         assert np.linalg.norm(B, 2, axis=(-2, -1)).max(initial=0) <= 1 + 1e-5
         assert abs(B @ (B.mT @ unit) - unit).max(initial=0) <= tolerance * eps
         assert_close(R, B.mT @ wide, 8 * (r + more) * eps * norms)
-
-
-@given(seeds, batches, lengths, lengths, dtypes, st.integers(-30, 30))
-def test_the_exponential_by_squaring_is_that_by_the_spectrum_or_nan(rng, batch, n, m, dtype, size):
-    W, G = numbers(rng, dtype, (*batch, n, m), (*batch, n, m), odd=())
-    M = rng.standard_normal((*batch, n, n)) * 10.0**size
-    S = (M - M.mT).astype(dtype)
-
-    def exponential(S, W, G):
-        products = small.Products(S, W)
-        return products.value, *products.adjoint(G)
-
-    result, (s, w, g) = attempt(exponential, S, W, G), (a.astype(float) for a in (S, W, G))
-    norms = [np.linalg.norm(a, axis=(-2, -1), keepdims=True) for a in (s, w, g)]
-    if isinstance(result, Exception):
-        assert not fits(dtype, norms[1] * norms[2]), result
-        return
-    lost = np.isnan(result[0]).any(axis=(-2, -1), keepdims=True)
-    assert (norms[0][lost] > 1000).all()
-    s = np.where(lost, 0, s)
-    wanted = osa.exp_skew(s) @ w, osa.exp_skew(-s) @ g, small.frechet_skew(-s, g @ w.mT)
-    # Each squaring doubles the error; at most 2 ‖S‖ of them, in effect.
-    tol = 32 * n * float(np.finfo(dtype).eps) * np.maximum(1, norms[0])
-    for got, want, scale in zip(result, wanted, (norms[1], norms[2], norms[1] * norms[2])):
-        assert got.dtype == dtype
-        slack = 64 * n * float(np.finfo(dtype).tiny)
-        assert_close(np.where(lost, 0, got), np.where(lost, 0, want), tol * scale + slack)
 
 
 @given(seeds, lengths, lengths, st.integers(0, 3))
