@@ -27,7 +27,8 @@ OUTCOME = ("validation", "test", "loss", "max_s", "parameters", "seconds")
 def train_once(options):
     """Trains as `python train.py --NAME VALUE …` would, without a folder; the outcome as a dict.
 
-    options: {field of `train.Config`: value}; "steps" ends the schedule early; "arm" is a name.
+    options: {field of `train.Config`: value}; "steps" ends the schedule early; "arm" is a name;
+    with "every" only each so many of the images of validation and test are looked at.
     A run that diverges has accuracy NaN.  seconds: processor time of this process, in training.
     """
     import numpy as np
@@ -39,7 +40,7 @@ def train_once(options):
 
     keep_freed_memory()
     options = dict(options)
-    steps, _ = options.pop("steps", None), options.pop("arm", None)
+    steps, every, _ = (options.pop(name, None) for name in ("steps", "every", "arm"))
     arguments = ["--threads", "1"]
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
@@ -61,9 +62,10 @@ def train_once(options):
         except FloatingPointError:
             return outcome | {"max_s": math.inf}
     seconds = time.process_time() - start
-    validation = report.accuracy(run.model, run.x_val, run.y_val, run.standardise)[0]
-    held_out = run.dataset.x_test, run.dataset.y_test
-    test = report.accuracy(run.model, *held_out, run.standardise)[0]
+    sets = (run.x_val, run.y_val), (run.dataset.x_test, run.dataset.y_test)
+    validation, test = (
+        report.accuracy(run.model, x[::every], y[::every], run.standardise)[0] for x, y in sets
+    )
     tail = losses[-50:]
     values = validation, test, sum(tail) / len(tail), largest, run.weights.size, round(seconds, 1)
     return dict(zip(OUTCOME, values))

@@ -31,7 +31,7 @@ PAPER = {"OSA, skipless, in the paper": 97.2, "softmax, skipless, in the paper":
 def experiment(path, processes, quick=False):
     """Rows of the tuning and of the final runs."""
     arms = dict(list(ARMS.items())[2:4]) if quick else ARMS
-    size = {"limit_data": 500, "steps": 4} if quick else {}
+    size = {"limit_data": 500, "steps": 4, "every": 20} if quick else {}
     grid = {k: v[1:3] for k, v in GRID.items()} if quick else GRID
     pairs = [(arm, optimizer) for arm in arms for optimizer in grid]
     tuning = [

@@ -66,16 +66,17 @@ ALL_LONG = (
 
 def experiment(path, processes, quick=False):
     """The rates, then the seeds, then the factors; a CSV file of each."""
-    depths, steps, rates = ((2, 4), 4, RATES[1:2]) if quick else (DEPTHS, STEPS, RATES)
+    depths, rates = ((2, 4), RATES[1:2]) if quick else (DEPTHS, RATES)
+    size = {"limit_data": 500, "every": 20, "steps": 4} if quick else {"steps": STEPS}
     jobs = [
-        {"arm": arm, **COMMON, **options, "depth": depth, "lr": lr, "adam_lr": lr, "steps": steps}
+        {"arm": arm, **COMMON, **options, "depth": depth, "lr": lr, "adam_lr": lr, **size}
         for depth in depths for lr in rates for arm, options in ARMS.items()
     ]  # fmt: skip
     tuned = common.run_all(path.with_name("depth_tuning.csv"), jobs, processes)
     chosen = [j for j in jobs if str(j["lr"]) == common.best_rate(tuned, j, ("arm", "depth"))]
     seeds = SEEDS[:1] if quick else SEEDS
     common.run_all(path, [{**job, "seed": seed} for seed in seeds for job in chosen], processes)
-    base = FACTOR_BASE | ({"depth": 8, "steps": 4} if quick else {})
+    base = FACTOR_BASE | ({"depth": 8, **size} if quick else {})
     factors = dict(list(FACTORS.items())[:2]) if quick else FACTORS
     jobs = [{"arm": arm, **base, **change, "seed": seed}
             for seed in seeds[:2] for arm, change in factors.items()]  # fmt: skip
