@@ -64,6 +64,16 @@ def test_singular_values_of_the_jacobian_are_within_the_bound_and_the_bound_is_s
     assert epsilon <= 5 * deviation
 
 
+def test_the_bound_holds_for_few_tokens_which_need_both_of_its_first_terms():
+    """Among these layers some deviate by 1.3 times what either term and the third would allow."""
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        X, attention = rng.standard_normal((4, 8)), osa.MultiHeadOSA(8, 2, rng, dtype=np.float64)
+        attention.parameters["alpha"].data[...] = 1e-3
+        sigma = np.linalg.svd(jacobian(attention, X), compute_uv=False)
+        assert max(sigma[0] - 1, 1 - sigma[-1]) <= bound(attention, X) * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("ratio, bounded", [(1, True), (4, False)])
 def test_an_mlp_of_ratio_1_is_within_the_slopes_and_a_wider_one_is_not(ratio, bounded):
     """σ of φ(X W_1) W_2 with square orthogonal weights lie in gain · [a, 1]: W_1 D W_2, D diagonal.
