@@ -29,7 +29,7 @@ class Ranks:
             return
         try:
             from mpi4py import MPI
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:
             text = f"mpiexec needs mpi4py ({error}): pip install -r requirements-mpi.txt"
             raise UserError(text) from None
         self.comm, self.rank, self.size = MPI.COMM_WORLD, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
@@ -89,14 +89,9 @@ class Ranks:
         grads[...] = total[: grads.size]
         return tuple(total[grads.size :])
 
-    def stopped(self, stop):
-        """Whether any rank has noticed a signal: all leave the loop after the same step."""
-        if self.size > 1:
-            number = max(self.comm.allgather(stop.signal or 0))
-            if number:
-                stop.signal = number
-            return number > 0
-        return stop.signal is not None
+    def largest(self, number):
+        """The largest of all ranks' numbers."""
+        return max(self.comm.allgather(number)) if self.size > 1 else number
 
     def check_same(self, weights, digest):
         """Refuses ranks that would not begin with the same weights and images."""
