@@ -1,8 +1,7 @@
 """Files that are replaced whole or not at all, and checkpoints in the format of safetensors.
 
 A file is written under a temporary name in the same folder, brought to the disk and only then
-renamed, so whatever goes wrong (a full disk, a lost folder, Ctrl-C) leaves the earlier file as it
-was.
+renamed: whatever goes wrong (a full disk, a lost folder, Ctrl-C), the earlier file stays.
 """
 
 import contextlib

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autograd import array_module
 from training.checkpoint import reading
 from training.options import UserError
 
@@ -114,17 +113,6 @@ def standardise(x, mean, std):
     return out
 
 
-def crops(x, chosen, offsets, size):
-    """Windows of size (H, W) of the padded images x[chosen], at offsets (B, 2) from their corners.
-
-    x: (n, H', W'[, C]); chosen: (B,) integers; NumPy or CuPy.  Returns (B, H, W[, C]) in x's dtype.
-    """
-    xp = array_module(x, chosen, offsets)
-    rows = (offsets[:, 0, None] + xp.arange(size[0]))[:, :, None]
-    columns = (offsets[:, 1, None] + xp.arange(size[1]))[:, None, :]
-    return x[chosen[:, None, None], rows, columns]
-
-
 class Batches:
     """The images of each step, in an order drawn from the seed and the epoch, each moved by up to
     `shift` pixels; of one of several ranks its slice.  They live on the device, and so do the
@@ -133,8 +121,6 @@ class Batches:
     def __init__(self, x, y, config, xp=np, rank=0, ranks=1):
         self.shift, self.seed, self.xp, self.epoch = config.shift, config.seed, xp, None
         self.size = min(config.batch_size, len(x))
-        if self.shift >= min(x.shape[1:3]):
-            raise UserError(f"--shift must be less than the image's {min(x.shape[1:3])} pixels")
         if self.size < ranks:
             what = f"--batch-size {config.batch_size}, {len(x)} training images"
             raise UserError(f"{ranks} ranks need as many images in a batch, got {what}")
@@ -155,8 +141,11 @@ class Batches:
         return self.order[part], self.offsets[part]
 
     def images(self, chosen, offsets):
-        """The chosen images, moved by their offsets, uint8, and their labels."""
-        return crops(self.x, chosen, offsets, self.image), self.y[chosen]
+        """The chosen images (B, H, W[, C]), uint8, moved by their offsets, and their labels."""
+        (H, W), arange = self.image, self.xp.arange
+        rows = (offsets[:, :1] + arange(H))[:, :, None]
+        columns = (offsets[:, 1:] + arange(W))[:, None, :]
+        return self.x[chosen[:, None, None], rows, columns], self.y[chosen]
 
 
 def _read_npz(path, names):

@@ -1,9 +1,8 @@
 """The folder of a run: made, checked before any work, and kept from a second run."""
 
 import contextlib
-import itertools
 import os
-import time
+from datetime import datetime
 from pathlib import Path
 
 from training.options import UserError
@@ -16,16 +15,9 @@ def prepare(args, preset):
     if args.resume:
         folder = Path(args.resume)
         folder = folder if folder.is_dir() else folder.parent
-    elif args.out:
-        folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
     else:
-        folder = first = Path("runs", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        for i in itertools.count(2):
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                break
-            folder = first.with_name(f"{first.name}.{i}")
+        folder = Path(args.out or f"runs/{preset}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.touch()
     probe.unlink()

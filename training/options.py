@@ -95,9 +95,8 @@ def run_command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except FloatingPointError as error:
-        message, status = str(error), 1
+        sys.exit(f"train.py: {error}")
     except (UserError, NotImplementedError, OSError, MemoryError) as error:
         text = " ".join(str(error).splitlines()) or "not enough memory"
-        message, status = f"error: {text}", 2
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(status)
+        print(f"train.py: error: {text}", file=sys.stderr)
+        sys.exit(2)

@@ -29,8 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def accuracy(model, images, labels, scale):
-    """Share of `images` (uint8) that the model, given scale(images), classifies as `labels`, and
-    the mean cross-entropy."""
+    """Share of `images` (uint8) taken for `labels` when scaled, and the mean cross-entropy."""
     right, loss, batch = 0, 0.0, max(1, 8192 // len(model.outer["b_E"].data))  # tokens: memory
     with ag.no_grad():
         for i in range(0, len(labels), batch):
@@ -161,19 +160,10 @@ def draw_curves(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def peak_memory():
-    """The largest resident memory of this process so far, in MB; None on Windows."""
-    with contextlib.suppress(ImportError):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
 def machine():
     """Command, date, processor, versions and commit: where a number comes from."""
     commit, torch, cpuinfo = None, sys.modules.get("torch"), Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     if (ROOT / ".git").exists():  # not that of a repository around this folder
         command = ["git", "describe", "--always", "--dirty"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -182,7 +172,7 @@ def machine():
     return {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "processor": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
+        "processor": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -234,7 +224,6 @@ def finish(run, progress, folder, repeat):
         "orthogonality_error": progress.worst_error if run.measures else None,
         "max_S_norm": progress.largest_s if run.measures else None,
         "parameters": run.weights.size,
-        "peak_memory_mb": peak_memory(),
         "repeat": repeat,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

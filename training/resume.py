@@ -1,6 +1,5 @@
 """Stopping a run and going on as if it had never stopped: signals, and what a checkpoint holds."""
 
-import argparse
 import dataclasses
 import os
 import signal
@@ -107,8 +106,7 @@ class Saver:
         """Saves this step, once, unless a number in it is NaN or Inf."""
         if self.saved_step == self.progress.step:
             return
-        arrays = state(self.run.parameters, self.run.updates)
-        arrays = {name: to_cpu(a) for name, a in arrays.items()}
+        arrays = {k: to_cpu(a) for k, a in state(self.run.parameters, self.run.updates).items()}
         for name, a in arrays.items():
             if not np.isfinite(a).all():
                 raise FloatingPointError(f"{name} contains NaN or Inf")
@@ -127,17 +125,14 @@ def load(path, Config, given):
     the command line must agree with it."""
     path = Path(path) / NAME if os.path.isdir(path) else Path(path)
     arrays, meta = checkpoint.load(path)
-    if not alike(meta, about(Config(), Progress())):
-        raise UserError(f"{path} is not a checkpoint of this program")
-    config, progress = Config(**meta["config"]), Progress(**meta["progress"])
-    counts = progress.step, progress.threads, progress.log_every, progress.classes
-    try:
+    with checkpoint.reading(path, "the configuration and the progress of a run"):
+        if types(meta) != types(about(Config(), Progress())):
+            raise ValueError("not a checkpoint of this program")
+        config, progress = Config(**meta["config"]), Progress(**meta["progress"])
         for field in dataclasses.fields(config):
             field.metadata["convert"](str(getattr(config, field.name)))
-        if min(counts) < 0 or not progress.statistics[1] > 0:
-            raise argparse.ArgumentTypeError("a count below 0, or no deviation")
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"{path} is of no run: {error}") from None
+        if min(progress.step, progress.threads) < 0 or not progress.statistics[1] > 0:
+            raise ValueError("a count below 0, or no deviation")
     for name, value in given.items():
         saved = getattr(config, name)
         if name == "epochs" and value > saved:
@@ -148,13 +143,11 @@ def load(path, Config, given):
     return config, progress, arrays
 
 
-def alike(a, b):
-    """Whether two pieces of JSON have the same types, names and lengths."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in b)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return type(a) is type(b)
+def types(value):
+    """A piece of JSON, with the types in place of what it holds."""
+    if isinstance(value, dict):
+        return {k: types(v) for k, v in value.items()}
+    return [types(v) for v in value] if isinstance(value, list) else type(value)
 
 
 def restore(arrays, parameters, updates=(), xp=np):

@@ -10,11 +10,10 @@ from training.optimizers import flatten
 
 
 def in_threads(gradients, models, run):
-    """gradients(images, labels) by gradients(model, images, labels) in a thread for each of
-    `models`.
+    """gradients(images, labels) by gradients(model, images, labels) in a thread for each model.
 
-    All models share the weights of the run; run.grads are those of the first model, to which those
-    of the others are added, each with its share of the batch.
+    All share the weights of the run; run.grads are those of the first, to which those of the others
+    are added, each with its share of the batch.
     """
     others = []
     for model in models[1:]:
