@@ -173,7 +173,7 @@ def test_each_rank_of_a_machine_takes_its_own_card(monkeypatch):
 @mpi
 def test_what_all_ranks_refuse_ends_the_job_with_its_message(tmp_path):
     for words, arguments in {
-        "--lr must be 0 or more": ["--lr", "nan"],
+        "--lr: nan is not from 0": ["--lr", "nan"],
         "3 ranks need as many images in a batch": ["--batch-size", 2, "--out", tmp_path / "a"],
         "--graph": ["--graph", "--out", tmp_path / "a"],
     }.items():
