@@ -213,7 +213,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def after_five_steps(number, rank, folder):
-    """(exit status, output) of two ranks, one of which gets the signal `number` after five steps."""
+    """(exit status, output) of two ranks, one of which gets a signal after five steps."""
     process, pids = started(2, "-c", ANNOUNCED, *LONG, "--out", folder), {}
     for line in process.stdout:
         words = line.split()

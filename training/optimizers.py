@@ -159,8 +159,7 @@ class Muon:
             self.parameters |= group
 
     def step(self, w, g, lr, t):
-        """Update of the weights w (n,), in the order of `self.parameters`, by their gradients g; t
-        is for AdamW."""
+        """Update of the weights w (n,) by their gradients g, as `self.parameters` lie; no t."""
         start = 0
         for buffer in self.buffers:
             part = slice(start, start + buffer.size)

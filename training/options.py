@@ -88,7 +88,9 @@ def run_command(main):
     sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by `>&-`
     sys.stdout.reconfigure(errors="replace")  # ‖S‖₂, on a terminal that has no such letters
     try:
-        sys.exit(main())
+        status = main()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python ends
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `train.py | head -1`
@@ -97,6 +99,5 @@ def run_command(main):
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}")
     except (UserError, NotImplementedError, OSError, MemoryError) as error:
-        text = " ".join(str(error).splitlines()) or "not enough memory"
-        print(f"train.py: error: {text}", file=sys.stderr)
+        print("train.py: error:", *(str(error).splitlines() or ["no memory"]), file=sys.stderr)
         sys.exit(2)
