@@ -20,7 +20,7 @@ def prepare(args, preset):
         folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another run may be doing the same
     return folder
 
 

@@ -11,7 +11,7 @@ THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line and exit status 2, no traceback."""
+    """A mistake of the user's, or a bad file or disk: one line and exit status 2, no traceback."""
 
 
 def option(default, help, **may):
@@ -58,7 +58,7 @@ def parse(Config, presets, arguments, description=None):
     count, path, device = converter(int, 1), converter(str), ("auto", "cpu", "cuda")
     add("--device", type=converter(str, choices=device), default="auto", help="auto, cpu or cuda")
     add("--threads", type=count, help="CPU threads; default all cores, 8 at most")
-    add("--data", type=path, help="an .npz file or a folder of IDX files; default the MNIST here")
+    add("--data", type=path, help="an .npz file, a folder of IDX or CIFAR-10 files; default MNIST")
     add("--max-steps", type=count, help="stop early; the schedule stays that of the full run")
     add("--log-every", type=count, help="steps from row to row of metrics.csv, default 50")
     add("--export", type=path, help="write the weights to this .safetensors file as well")
