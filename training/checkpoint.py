@@ -17,10 +17,8 @@ from training.options import UserError
 
 
 def save(path, arrays, meta):
-    """Writes {name: array} and the JSON of the dict `meta` to `path`, with a checksum.
-
-    Raises UserError if the disk refuses, with the earlier file intact.
-    """
+    """Writes {name: array} and the JSON of the dict `meta` to `path`, with a checksum; UserError if
+    the disk refuses, with the earlier file intact."""
     record = json.dumps(meta)
     export(path, arrays, {"crc32, meta": f"{checksum(arrays, record)} {record}"})
 
@@ -33,10 +31,8 @@ def export(path, arrays, metadata):
 
 
 def load(path):
-    """(arrays, meta) as `save` was given them, tuples in `meta` as lists.
-
-    Raises UserError if the file is missing, truncated, altered or not a checkpoint.
-    """
+    """(arrays, meta) as `save` was given them, tuples as lists; UserError for a file that is missing,
+    truncated, altered or no checkpoint."""
     with reading(path, "a checkpoint written by this program"):
         with safetensors.safe_open(path, "np") as file:
             arrays, about = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
