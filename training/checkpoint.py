@@ -31,8 +31,8 @@ def export(path, arrays, metadata):
 
 
 def load(path):
-    """(arrays, meta) as `save` was given them, tuples as lists; UserError for a file that is missing,
-    truncated, altered or no checkpoint."""
+    """(arrays, meta) as `save` was given them, tuples as lists; UserError for a file that is
+    missing, truncated, altered or no checkpoint."""
     with reading(path, "a checkpoint written by this program"):
         with safetensors.safe_open(path, "np") as file:
             arrays, about = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
