@@ -712,7 +712,7 @@ STRANGE = {
     "a field less": lambda meta: meta["config"].pop("depth"),
     "a word for the depth": lambda meta: meta["config"].update(depth="four"),
     "another depth": lambda meta: meta["config"].update(depth=3),
-    "a depth out of reach": lambda meta: meta["config"].update(depth=10**9),
+    "a norm below 0": lambda meta: meta["config"].update(clip=-1.0),
     "an empty progress": lambda meta: meta.update(progress={}),
     "a negative deviation": dict(statistics=[0.1, -0.3]),
     "no deviation": dict(statistics=[0.1, 0.0]),
