@@ -29,7 +29,7 @@ import osa_minimal
 import relatives
 from fast.gpu import find_device, recorded
 from fast.threads import cores, keep_freed_memory
-from training import checkpoint, data, folder, report, resume
+from training import data, folder, report, resume
 from training.optimizers import assign, clip, flatten, schedule
 from training.ranks import Ranks
 from training.threads import in_threads
@@ -63,7 +63,7 @@ class Config:
     alpha_lr: float = option(0.01, "rate of α, relative to its start")
     weight_decay: float = option(0.0, "of adamw")
     warmup: int = option(100, "steps in which the rates rise, half of all at most")
-    clip: float = option(1.0, "largest norm of the gradients", above=0)
+    clip: float = option(1.0, "largest norm of the gradients", least=1e-6)
     shift: int = option(1, "training images are moved by up to so many pixels, each way")
     limit_data: int = option(0, "training images used; 0: all")
     seed: int = option(0, "of weights, images and their order")
@@ -105,8 +105,8 @@ class Run:
 
     def __init__(self, config, dataset, xp=np, threads=1, ranks=None, graph=False, statistics=None):
         self.config, self.xp, self.dataset, self.ranks = config, xp, dataset, ranks or Ranks()
-        x, y, x_val, y_val = data.split(dataset, limit=config.limit_data or None,
-                                        rng=np.random.default_rng([config.seed, 1]))  # fmt: skip
+        rng = np.random.default_rng([config.seed, 1])
+        x, y, x_val, y_val = data.split(dataset, config.limit_data, rng)
         self.x_val, self.y_val = xp.asarray(x_val), xp.asarray(y_val)
         self.digest = zlib.crc32(y, zlib.crc32(x))
         self.statistics = statistics or data.statistics(x)
@@ -157,10 +157,7 @@ def train(run, where, progress, last, stop):
 
 
 def main(arguments=None):
-    try:
-        ranks = Ranks()
-    except RuntimeError as error:
-        raise UserError(str(error)) from None
+    ranks = Ranks()
     with ranks.ending_together():
         return work(ranks, *parse(Config, PRESETS, arguments, __doc__))
 
@@ -182,17 +179,19 @@ def work(ranks, config, args, given):
     threads = args.threads or progress.threads or max(1, min(8, cores() // ranks.neighbours))
     try:
         xp, device = find_device(args.device, ranks.neighbour)
-        dataset = data.load(progress.data or None, ("test",) if args.eval else ("train", "test"))
+        dataset = data.load(progress.data, ("test",) if args.eval else ("train", "test"))
         if args.eval:
             if (image := [*dataset.x_test.shape[1:], 1][:3]) != progress.image:
                 raise UserError(f"the checkpoint is of images {progress.image}, not {image}")
             model = build(config, tuple(progress.image), progress.classes, xp)
             resume.restore(arrays, model.parameters, xp=xp)
             report.print_accuracy(model, dataset, progress.statistics, xp)
-            return report.export(args.export, model, config, progress.statistics)
+            if args.export:
+                report.export(args.export, model, config, progress.statistics)
+            return 0
         run = Run(config, dataset, xp, threads if xp is np else 1, ranks, args.graph, statistics)
         if arrays:
-            resume.restore(arrays, run.parameters, [one for one, _, _ in run.updates], xp)
+            resume.restore(arrays, run.parameters, run.updates, xp)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     each = f" in each of {ranks.size} ranks" if ranks.size > 1 else ""
@@ -214,14 +213,17 @@ def in_folder(run, progress, args, device):
     progress.threads, progress.log_every = run.threads, args.log_every or progress.log_every or 50
     progress.digest, progress.statistics = run.digest, list(run.statistics)
     progress.image, progress.classes = [*run.x_val.shape[1:], 1][:3], run.dataset.classes
-    where = folder.old(args.resume) if args.resume else folder.new(args.out, run.config.preset)
+    where = folder.prepare(args, run.config.preset)
     with folder.in_use(where, new=not args.resume), resume.Stop(run.ranks) as stop:
         repeat = report.begin(run, progress, where, device, args)
         train(run, where, progress, last, stop)
     if progress.step < last:
         return stop.farewell(where, progress.step)
-    return report.finish(run, progress, where, repeat, args.export)
+    report.finish(run, progress, where, repeat)
+    if args.export:
+        report.export(args.export, run.model, run.config, run.statistics)
+    return 0
 
 
 if __name__ == "__main__":
-    run_command(main, errors=(data.DataError, checkpoint.CheckpointError, NotImplementedError))
+    run_command(main)

@@ -15,7 +15,7 @@ import sys
 from common import RESULTS, ROOT, write
 
 KEYS = ("test_accuracy", "validation_accuracy", "train_loss", "steps", "seconds",
-        "orthogonality_error", "max_S_norm", "parameters", "peak_memory_mb")  # fmt: skip
+        "orthogonality_error", "max_S_norm", "parameters")  # fmt: skip
 PANELS = {"validation_accuracy": "validation accuracy", "max_S_norm": "max ‖S‖₂ over layers",
           "orthogonality_error": "max |AᵀA − I|"}  # fmt: skip
 ENVIRONMENT = ("date", "device", "threads", "processor", "system", "python", "numpy", "commit")

@@ -94,16 +94,13 @@ def test_a_second_run_in_the_folder_is_refused_and_touches_nothing(tmp_path):
 def test_a_clock_that_is_set_back_is_harmless(tmp_path, monkeypatch):
     now = iter(range(10**9, 0, -3600))
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
-    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
     monkeypatch.chdir(tmp_path)
     succeed(*SMALL, "--max-steps", 3)
-    folder = tmp_path / "runs" / "tiny-20260101-000000"
+    (folder,) = (tmp_path / "runs").glob("tiny-*")
     seconds = [float(row["seconds"]) for row in rows_of(folder)]
     assert seconds == sorted(seconds) and json_of(folder / "summary.json")["seconds"] >= 0
     before = weights(folder)
-    for i in (2, 3):  # the same second again
-        succeed(*SMALL, "--max-steps", i)
-        assert len(rows_of(folder.with_name(f"{folder.name}.{i}"))) == i
-    assert weights(folder) == before and len(list((tmp_path / "runs").iterdir())) == 3
+    succeed(*SMALL, "--max-steps", 2)
+    assert weights(folder) == before and len(list((tmp_path / "runs").iterdir())) == 2
     succeed("--resume", folder, "--max-steps", 4, "--device", "cpu")
     assert np.all(np.diff([float(row["seconds"]) for row in rows_of(folder)]) >= 0)

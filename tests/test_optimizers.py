@@ -105,11 +105,7 @@ def test_orthogonalise_keeps_the_singular_vectors(xp, rng):
     inner = U.T @ ag.to_cpu(optimizers.orthogonalise(xp.asarray(M))) @ Vt.T
     np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-12)
     assert np.diag(inner).min() > 0.6
-
-
-def test_orthogonalise_of_zero_is_zero(xp):
-    U = ag.to_cpu(optimizers.orthogonalise(xp.asarray(np.zeros((3, 5), np.float32))))
-    assert (U == 0).all()
+    assert not ag.to_cpu(optimizers.orthogonalise(xp.asarray(np.zeros((3, 5))))).any()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -121,39 +117,20 @@ def test_retract_is_the_nearest_orthogonal_matrix_for_small_departures(xp, rng, 
     )
 
 
-def muon_run(xp, rng, dtype, lr=0.01, steps=40, **kw):
-    """Parameters after `steps` of Muon on random gradients from orthogonal weights."""
-    start = {str(shape): orthogonal(rng, shape, dtype) for shape in SHAPES}
-    run = Flat(optimizers.Muon, xp, start, **kw)
-    for t in range(1, steps + 1):
-        run.step({k: rng.standard_normal(w.shape).astype(dtype) for k, w in start.items()}, lr, t)
-    return start, run.parameters
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
-def test_muon_keeps_every_weight_orthogonal_to_rounding(xp, rng, dtype):
-    """The last retraction leaves 0.75 e² of an error e = O(lr²): below eps for lr = 1e-4.
+@pytest.mark.parametrize("dtype, lr", [(np.float32, 1e-4), (np.float64, 1e-4), (np.float32, 0.02)])
+def test_muon_keeps_every_weight_orthogonal_to_rounding(xp, rng, dtype, lr):
+    """The last retraction leaves 0.75 e² of an error e = O(lr²): below eps for these rates.
 
     What remains is rounding: n products per entry of WᵀW, a few eps each.
     """
-    _, parameters = muon_run(xp, rng, dtype, lr=1e-4)
-    for p in parameters.values():
+    start = {str(shape): orthogonal(rng, shape, dtype) for shape in SHAPES}
+    run = Flat(optimizers.Muon, xp, start)
+    for t in range(1, 41):
+        run.step({k: rng.standard_normal(w.shape).astype(dtype) for k, w in start.items()}, lr, t)
+    for name, p in run.parameters.items():
         assert p.data.dtype == dtype
-        n = max(p.shape[-2:])
-        assert off_orthogonal(p.data) <= 4 * n * np.finfo(dtype).eps
-
-
-def test_muon_keeps_float32_weights_orthogonal_at_a_rate_used_in_training(xp, rng):
-    start, parameters = muon_run(xp, rng, np.float32, lr=0.02)
-    for name, p in parameters.items():
-        assert off_orthogonal(p.data) <= 4 * max(p.shape[-2:]) * np.finfo(np.float32).eps
-        assert abs(ag.to_cpu(p.data) - start[name]).max() > 0.05  # and they moved
-
-
-def test_muon_without_retraction_drifts_away(xp, rng):
-    """The check above can fail."""
-    _, parameters = muon_run(xp, rng, np.float32, lr=0.02, retraction=False)
-    assert max(off_orthogonal(p.data) for p in parameters.values()) > 0.01
+        assert off_orthogonal(p.data) <= 4 * max(p.shape[-2:]) * np.finfo(dtype).eps
+        assert abs(ag.to_cpu(p.data) - start[name]).max() > 2.5 * lr  # and they moved
 
 
 def test_a_batch_of_muon_is_every_matrix_by_itself_under_its_name(rng):
@@ -210,36 +187,26 @@ def test_flattened_parameters_are_views_in_order(xp, rng):
     assert ag.to_cpu(grads).tolist() == 6 * [1] + [2] + 4 * [3]
 
 
-def test_parameters_of_two_dtypes_are_refused_by_name():
-    for bad in ({"a": np.ones(2, np.float32), "b": np.ones(2)}, {}):
-        with pytest.raises(ValueError, match="of one dtype, got (of float32, float64|none)"):
-            optimizers.flatten(tensors(np, bad))
+def test_parameters_of_two_dtypes_are_refused():
+    with pytest.raises(TypeError, match="float64.*float32"):
+        optimizers.flatten(tensors(np, {"a": np.ones(2, np.float32), "b": np.ones(2)}))
 
 
 # ------------------------------------------------------------------------------------ clipping
 
 
-def test_clipping_scales_all_gradients_together(xp, rng):
-    g = rng.standard_normal(17)
-    norm, grads = math.sqrt((g**2).sum()), xp.asarray(g.astype(np.float32))
-    assert float(optimizers.clip(grads, norm / 4)) == pytest.approx(norm, rel=1e-6)
+CLIPPED = [([3, 4], 5, 2.5, [1.5, 2]), ([0, 0.3, 0, -0.4], 0.5, 1, [0, 0.3, 0, -0.4])]
+CLIPPED += [([0, 0], 0, 1, [0, 0]), ([3, 4], 5, math.inf, [3, 4])]
+CLIPPED += [([3e30, 4e30], 5e30, 1, [0.6, 0.8])]  # whose squares overflow,
+CLIPPED += [([3e-30, 4e-30], 5e-30, 1, [3e-30, 4e-30])]  # or underflow
+
+
+@pytest.mark.parametrize("values, norm, largest, clipped", CLIPPED)
+def test_clipping_scales_all_gradients_together(xp, values, norm, largest, clipped):
+    grads = xp.asarray(np.array(values, np.float32))
+    assert float(optimizers.clip(grads, largest)) == pytest.approx(norm, rel=1e-6)
     assert grads.dtype == np.float32
-    np.testing.assert_allclose(ag.to_cpu(grads), g / 4, rtol=1e-5)
-    assert float(optimizers.clip(grads, math.inf)) == pytest.approx(norm / 4, rel=1e-6)
-
-
-def test_small_and_zero_gradients_are_not_changed_by_clipping(xp):
-    for values, norm in (([0.0, 0.0], 0), ([0.0, 0.3, 0.0, -0.4], 0.5)):
-        grads = xp.asarray(np.array(values))
-        assert float(optimizers.clip(grads, 1.0)) == pytest.approx(norm)
-        assert ag.to_cpu(grads).tolist() == values
-
-
-@pytest.mark.parametrize("scale, clipped", [(1e30, [0.6, 0.8]), (1e-30, [3e-30, 4e-30])])
-def test_the_squares_of_gradients_may_overflow_and_underflow(xp, scale, clipped):
-    grads = xp.asarray(np.array([3, 4], np.float32) * np.float32(scale))
-    assert float(optimizers.clip(grads, 1.0)) == pytest.approx(5 * scale, rel=1e-6)
-    np.testing.assert_allclose(ag.to_cpu(grads), clipped, rtol=1e-6)
+    np.testing.assert_allclose(ag.to_cpu(grads), np.array(clipped, np.float32), rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("error")
@@ -255,16 +222,3 @@ def test_gradients_whose_norm_is_not_finite_are_never_turned_to_zero(xp, values)
         with np.errstate(all="ignore"):
             optimizers.clip(grads, 1.0)
         assert np.isnan(ag.to_cpu(grads)).all()
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (0, 3), (2, 0)])
-def test_muon_takes_matrices_only(shape):
-    with pytest.raises(ValueError, match="Muon takes matrices .* b has shape"):
-        optimizers.Muon(tensors(np, {"b": np.ones(shape)}))
-
-
-def test_muon_takes_orthogonal_matrices_only(rng):
-    start = {"a": random_orthogonal(4, 4, rng), "b": rng.standard_normal((4, 4)).astype(np.float32)}
-    with pytest.raises(ValueError, match="orthogonal, and b does not begin so"):
-        optimizers.Muon(tensors(np, start))
-    optimizers.Muon(tensors(np, start), retraction=False)

@@ -87,7 +87,7 @@ def small():
     """A data set of random images."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (160, 14, 14), np.uint8), rng.integers(0, 10, 160, np.uint8)
-    return data.Dataset(x[:120], y[:120], x[120:], y[120:], "small")
+    return data.Dataset(x[:120], y[:120], x[120:], y[120:])
 
 
 def small_config(options=()):

@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -137,10 +136,7 @@ def contents(folder):
 
 
 def json_of(path):
-    def constant(name):
-        raise AssertionError(f"{path} holds {name}, which is not JSON")
-
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # no NaN
 
 
 def weights(folder):
@@ -192,13 +188,10 @@ def test_a_run_warns_of_nothing_and_writes_the_documented_files_and_no_others(bu
 
 def test_summary_has_the_documented_keys_and_true_values(bundled):
     folder, _ = bundled
-    summary = json_of(folder / "summary.json")
-    wanted = "test_accuracy train_loss steps seconds orthogonality_error max_S_norm".split()
-    assert set(wanted) <= set(summary)
+    summary, rows = json_of(folder / "summary.json"), rows_of(folder)
     assert 0 <= summary["test_accuracy"] <= 1 and summary["steps"] == 4 and summary["seconds"] > 0
-    assert 0 < summary["orthogonality_error"] <= 1e-5
-    assert 0 < summary["max_S_norm"] < 1
-    assert summary["train_loss"] == float(rows_of(folder)[-1]["train_loss"])
+    assert 0 < summary["orthogonality_error"] <= 1e-5 and 0 < summary["max_S_norm"] < 1
+    assert summary["train_loss"] == float(rows[-1]["train_loss"])
     arrays, _ = checkpoint.load(folder / NAME)
     count = sum(a.size for k, a in arrays.items() if k.startswith("model."))
     assert summary["parameters"] == count
@@ -206,19 +199,15 @@ def test_summary_has_the_documented_keys_and_true_values(bundled):
 
 def test_metrics_have_a_row_per_logging_step_with_the_documented_columns(bundled):
     rows = rows_of(bundled[0])
-    assert list(rows[0]) == COLUMNS
-    assert [row["step"] for row in rows] == ["2", "4"]
-    values = [{k: float(v) for k, v in row.items()} for row in rows]
-    assert all(math.isfinite(v) for row in values for v in row.values())
-    assert values[0]["seconds"] < values[1]["seconds"]
+    assert list(rows[0]) == COLUMNS and [row["step"] for row in rows] == ["2", "4"]
+    assert all(math.isfinite(float(v)) for row in rows for v in row.values())
+    assert float(rows[0]["seconds"]) < float(rows[1]["seconds"])
 
 
 def test_config_holds_every_setting_and_what_a_repetition_needs(bundled):
     about = json_of(bundled[0] / "config.json")
     assert set(about["config"]) == {f.name for f in dataclasses.fields(train.Config)}
-    assert about["config"]["limit_data"] == 200 and about["config"]["preset"] == "tiny"
-    assert about["numpy"] == np.__version__ and about["threads"] == 1
-    assert "--max-steps 4" in about["command"]
+    assert about["config"]["limit_data"] == 200 and "--max-steps 4" in about["command"]
 
 
 def test_progress_lines_name_step_loss_accuracy_and_time_left(bundled):
@@ -256,11 +245,10 @@ def test_export_is_a_safetensors_file_of_the_model_and_its_configuration(bundled
 
 
 def test_eval_exports_the_same_file_as_training(trained, tmp_path):
-    succeed("--eval", trained, "--device", "cpu", "--export", tmp_path / "m")
-    arrays, _ = read_safetensors(tmp_path / "m")
-    assert {f"model.{k}": a.tobytes() for k, a in arrays.items()}.items() <= weights(
-        trained
-    ).items()
+    succeed("--eval", trained, "--device", "cpu", "--export", tmp_path / "m.safetensors")
+    arrays, _ = read_safetensors(tmp_path / "m.safetensors")
+    exported = {f"model.{k}": a.tobytes() for k, a in arrays.items()}
+    assert exported.items() <= weights(trained).items()
 
 
 def test_training_learns(small, tmp_path):
@@ -286,7 +274,7 @@ def test_help_names_every_option_and_exits_0():
 # ------------------------------------------------------------------------------------ every arm
 
 
-FIVE = ["osa", "softmax", "xsa", "identity", "fixed-orthogonal"]
+FIVE = list(relatives.ATTENTION)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["no norm", "norm"])
@@ -312,12 +300,9 @@ def test_two_steps_of_every_relative(attention, small, tmp_path):
 
 @pytest.mark.parametrize("attention", FIVE[1:])
 def test_one_head_is_enough_for_every_attention_without_angles(attention, small, tmp_path):
-    arguments = ["--attention", attention, "--heads", 1, "--max-steps", 2]
-    succeed(*small, *arguments, "--out", tmp_path)
-    arrays, _ = checkpoint.load(tmp_path / NAME)
-    assert json_of(tmp_path / "summary.json")["steps"] == 2
+    succeed(*small, "--attention", attention, "--heads", 1, "--max-steps", 2, "--out", tmp_path)
     if attention in ("softmax", "xsa"):
-        assert arrays["model.layers.0.W_QK"].shape == (1, 16, 32)
+        assert checkpoint.load(tmp_path / NAME)[0]["model.layers.0.W_QK"].shape == (1, 16, 32)
 
 
 def test_with_one_head_the_query_and_key_weights_are_orthogonal_each(rng):
@@ -329,24 +314,17 @@ def test_with_one_head_the_query_and_key_weights_are_orthogonal_each(rng):
 def test_the_operator_of_the_paper_trains_as_the_fast_one_does(small):
     fast, paper = (prepare(small, "--operator", name) for name in ("fast", "paper"))
     assert type(paper.model.layers[0][0]) is osa_minimal.MultiHeadOSA
-    for t in range(4):
-        for run in (fast, paper):
-            run.step(t)
-    assert (fast.weights != paper.weights).any()  # in rounding; the rates are 0.01
-    assert abs(fast.weights - paper.weights).max() < 1e-3
+    losses = [[float(run.step(t)[0]) for t in range(4)] for run in (fast, paper)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # some 100 eps
+    assert (fast.weights != paper.weights).any()  # in rounding
 
 
 def test_an_arm_without_rotations_reports_none_and_still_has_its_curves(small, tmp_path):
     result = shell(*small, "--attention", "softmax", "--max-steps", 2, "--out", tmp_path)
     summary = json_of(tmp_path / "summary.json")
-    assert (result.code, result.err) == (0, "") and (
-        tmp_path / "curves.png"
-    ).stat().st_size > 10_000
+    assert (result.code, result.err) == (0, "")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert summary["orthogonality_error"] is None and summary["max_S_norm"] is None  # 0 is a value
-
-
-def test_the_arms_are_the_documented_five_and_the_relatives():
-    assert list(relatives.ATTENTION) == FIVE and set(FIVE).isdisjoint(relatives.LAYERS)
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)
@@ -396,13 +374,11 @@ def test_a_resumed_run_reads_the_data_it_was_trained_on(trained, small, tmp_path
     assert weights(tmp_path) == weights(trained)
 
 
-def test_the_same_seed_gives_the_same_weights_however_often_a_row_is_written(
+def test_the_same_seed_gives_the_same_weights_however_rarely_a_row_is_written(
     trained, small, tmp_path
 ):
-    for log_every in (1, 4):
-        out = tmp_path / str(log_every)
-        succeed(*small, "--log-every", log_every, "--max-steps", 5, "--out", out)
-        assert weights(out) == weights(trained)
+    succeed(*small, "--log-every", 4, "--max-steps", 5, "--out", tmp_path)
+    assert weights(tmp_path) == weights(trained)
 
 
 def test_the_summary_alone_is_enough_to_repeat_a_run_to_the_bit(small, tmp_path):
@@ -420,11 +396,10 @@ def test_the_summary_alone_is_enough_to_repeat_a_run_to_the_bit(small, tmp_path)
 
 def test_the_seed_decides_the_first_weights_and_the_validation_images(small):
     first, again, other = (prepare(small, "--seed", seed) for seed in "001")
-    for run, same in ((again, True), (other, False)):
-        assert (run.x_val.tobytes() == first.x_val.tobytes()) is same
-        for k, p in run.parameters.items():
-            if k.endswith(("W_QK", "W_V", "W_O", "W_1", "W_2", "W_E", "b_E", "W_C")):
-                assert (p.data.tobytes() == first.parameters[k].data.tobytes()) is same, k
+    assert (again.x_val == first.x_val).all() and (other.x_val != first.x_val).any()
+    for k, p in first.parameters.items():
+        assert (again.parameters[k].data == p.data).all(), k
+        assert (other.parameters[k].data != p.data).any() or "W_" not in k, k
 
 
 def test_rows_after_a_signal_average_as_many_steps_as_without_it(small, tmp_path, monkeypatch):
@@ -518,7 +493,7 @@ def test_a_run_is_float32_throughout(optimizer, small):
         loss, _, norm = run.step(t)
         assert loss.dtype == norm.dtype == np.float32
     assert [X.data.dtype for X in seen] == 2 * [np.float32]  # the tokens after all layers
-    state = resume.state(run)
+    state = resume.state(run.parameters, run.updates)
     assert {a.dtype for a in state.values()} == {np.dtype(np.float32)}
     assert sum(k.startswith("optimizer.") for k in state) >= len(run.parameters)
     logits = run.model(run.standardise(run.x_val[:4]))
@@ -535,9 +510,9 @@ def test_every_parameter_belongs_to_exactly_one_optimizer(attention, small):
         assert np.all(rate == (0.01 * abs(run.weights[part]) if alpha else 0.01 if muon else 0.02))
         for (k, p), w in zip(ours.items(), optimizers.views(run.weights[part], ours)):
             assert np.shares_memory(p.data, w) and (p.data == w).all()
+            assert k.endswith(".alpha") == alpha
             if "W_QK" in run.model.layers[0][0].parameters:  # not another's layer
-                of_layers = k.rpartition(".")[2] in ("W_QK", "W_V", "W_O", "W_1", "W_2")
-                assert of_layers == muon and k.endswith(".alpha") == alpha
+                assert muon == (k.rpartition(".")[2] in ("W_QK", "W_V", "W_O", "W_1", "W_2"))
         names += ours
     assert sorted(names) == sorted(run.model.parameters)
 
@@ -598,9 +573,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_resuming_goes_on(name, code, sm
 @posix
 def test_a_closed_terminal_does_not_stop_what_nohup_began(small, tmp_path):
     ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-    process = start(
-        *SMALL, "--epochs", 10, "--data", small[-1], "--out", "run", cwd=tmp_path, **ignore
-    )
+    process = start(*small, "--epochs", 10, "--out", "run", cwd=tmp_path, **ignore)
     process.send_signal(signal.SIGHUP)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
@@ -609,17 +582,12 @@ def test_a_closed_terminal_does_not_stop_what_nohup_began(small, tmp_path):
 
 @posix
 def test_a_second_signal_stops_at_once(small, tmp_path):
-    process = start(*SMALL, "--epochs", 10_000, "--data", small[-1], "--out", "run", cwd=tmp_path)
-    process.send_signal(signal.SIGSTOP)  # so that both arrive within one step
-    saved = (tmp_path / "run" / NAME).exists()
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)
+    process = start(*small, "--epochs", 10_000, "--out", "run", cwd=tmp_path)
+    for name in ("SIGSTOP", "SIGINT", "SIGTERM", "SIGCONT"):  # so that both arrive within one step
+        process.send_signal(getattr(signal, name))
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, 143) and "Traceback" not in err
-    assert "stopped after step" not in err  # nothing was waited for, nothing saved
-    if not saved:
-        assert not (tmp_path / "run" / NAME).exists()
+    assert "stopped after step" not in err  # nothing was waited for
 
 
 def test_ctrl_c_before_training_exits_130_without_a_traceback(monkeypatch):
@@ -670,12 +638,13 @@ REFUSED = {
     "--optimizer adam": "adam|did you mean 'adamw'",
     "--operator slow": "slow|paper", "--device gpu": "gpu|cuda",
     "--depth four": "--depth|four", "--depth 2.5": "--depth|2.5", "--depth 1e400": "--depth|1e400",
-    "--lr 1e400": "--lr|finite", "--seed 123456789012345678901234": "--seed|at most",
+    "--lr 1e400": "--lr|1e400", f"--epochs 1{310 * '0'}": "--epochs|from 1 to",
+    "--seed 123456789012345678901234": "--seed|from 0 to",
     "--depth 2 --eta 0.9": "eta|0.9|depth 2", "--width 64 --heads 5": "5 heads|width 64",
-    "--heads 1": "heads|at least 2|1", "--patch 5": "patch|5 and|14, 14",
+    "--heads 1": "heads|at least 2|1", "--patch 5": "patch|got 5|14, 14",
     "--limit-data 1000": "1000|300", "--graph": "--graph|GPU",
-    "--threads 0": "--threads|'0'", "--threads ²": "--threads", "--log-every 0": "--log-every|'0'",
-    "--max-steps 0": "--max-steps|'0'", "--max-steps -3": "--max-steps",
+    "--threads 0": "--threads|0 is not from 1 to", "--threads ²": "--threads|²",
+    "--log-every 0": "--log-every", "--max-steps 0": "--max-steps", "--max-steps -3": "--max-steps",
     "--resume a --eval b": "--resume|--eval", "--resume a --out b": "--resume|--out",
     "--eval missing.npz": "missing.npz", "--resume missing": "missing",
 }  # fmt: skip
@@ -709,12 +678,6 @@ def test_one_image_is_enough_to_train_on(small, tmp_path):
     assert json_of(tmp_path / "summary.json")["steps"] == 2
 
 
-def test_a_refusal_in_a_process_of_its_own_looks_the_same(tmp_path):
-    result = shell("--attention", "sofmax", cwd=tmp_path)
-    assert result.code == 2 and result.err.count("\n") == 1 and result.out == ""
-    assert result.err.startswith("train.py: error: ") and "did you mean 'softmax'" in result.err
-
-
 def test_a_gpu_that_is_not_there_is_refused_with_what_to_install(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if find_device("auto")[0] is not np:
@@ -728,28 +691,13 @@ def _truncate(path):
 
 
 def _alter(path):
-    """Turns one byte in the middle of an array."""
-    raw, at = bytearray(path.read_bytes()), -300
-    if path.suffix == ".npz":
-        with zipfile.ZipFile(path) as archive:
-            at = max(archive.infolist(), key=lambda member: member.file_size).header_offset + 400
-    raw[at] ^= 1
+    """Turns one bit in the last array."""
+    raw = bytearray(path.read_bytes())
+    raw[-300] ^= 1
     path.write_bytes(raw)
 
 
-damages = pytest.mark.parametrize("damage", [Path.unlink, _truncate, _alter])
-
-
-@damages
-def test_a_damaged_data_file_is_refused(damage, small, tmp_path):
-    bad, out = tmp_path / "bad.npz", tmp_path / "run"
-    bad.write_bytes(small[-1].read_bytes())
-    damage(bad)
-    assert str(bad) in refuse(*SMALL, "--data", bad, "--out", out)
-    assert not out.exists()
-
-
-@damages
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate, _alter])
 @pytest.mark.parametrize("option", ["--eval", "--resume"])
 def test_a_damaged_checkpoint_is_refused_and_left_alone(option, damage, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
@@ -761,17 +709,14 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(option, damage, trained,
 
 STRANGE = {
     "no configuration": lambda meta: meta.pop("config"),
-    "a number for the configuration": lambda meta: meta.update(config=3),
     "a field less": lambda meta: meta["config"].pop("depth"),
     "a word for the depth": lambda meta: meta["config"].update(depth="four"),
     "another depth": lambda meta: meta["config"].update(depth=3),
-    "no progress": lambda meta: meta.pop("progress"),
+    "a norm below 0": lambda meta: meta["config"].update(clip=-1.0),
     "an empty progress": lambda meta: meta.update(progress={}),
-    "a word for the logging interval": dict(log_every="five"),
     "a negative deviation": dict(statistics=[0.1, -0.3]),
     "no deviation": dict(statistics=[0.1, 0.0]),
     "a sum too few": dict(sums=[1.0, 2.0]),
-    "a word for the step count": dict(step="four"),
     "a step before the first": dict(step=-1),
     "a word for the image": dict(image=["14", 14, 1]),
 }
@@ -810,30 +755,22 @@ def test_a_state_with_nan_is_never_saved(small, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(trained, small):
-    before = contents(trained)
-    line = refuse(*small, "--max-steps", 1, "--out", trained)
-    assert "holds a run already" in line and "--resume" in line and contents(trained) == before
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_folder_with_one_file_of_a_run_is_not_overwritten(name, small, tmp_path):
     (tmp_path / name).write_text("precious")
-    refuse(*small, "--max-steps", 1, "--out", tmp_path)
+    assert "holds a run already" in refuse(*small, "--max-steps", 1, "--out", tmp_path)
     assert contents(tmp_path) == {name: b"precious"}
 
 
-def test_an_unwritable_folder_is_refused_before_training(small, tmp_path):
+PLACES = ["--out file", "--out file/run", f"--out {80 * 'long'}", f"--export {NAME}"]
+PLACES += [f"--export {name}" for name in ("none/m.safetensors", "file/m.safetensors", "m", "f")]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_cannot_be_written_is_refused_before_training(place, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("precious")
-    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 80)):
-        assert str(out) in refuse(*small, "--max-steps", 1, "--out", out)
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-@pytest.mark.parametrize("place", ["missing/m.safetensors", "file/m.safetensors", "folder"])
-def test_an_export_that_cannot_be_written_is_refused_before_training(place, small, tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    options = ["--max-steps", 1, "--out", tmp_path / "run", "--export", tmp_path / place]
-    assert place.partition("/")[0] in refuse(*small, *options)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    (tmp_path / "f").mkdir()
+    out = ["--out", "run"] if "--export" in place else []
+    assert place.split()[1] in refuse(*small, "--max-steps", 1, *out, *place.split())
+    assert sorted(os.listdir()) == ["f", "file"] and Path("file").read_text() == "precious"

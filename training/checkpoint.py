@@ -1,8 +1,7 @@
 """Files that are replaced whole or not at all, and checkpoints in the format of safetensors.
 
 A file is written under a temporary name in the same folder, brought to the disk and only then
-renamed, so whatever goes wrong (a full disk, a lost folder, Ctrl-C) leaves the earlier file as it
-was.
+renamed: whatever goes wrong (a full disk, a lost folder, Ctrl-C), the earlier file stays.
 """
 
 import contextlib
@@ -14,51 +13,27 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-EXPECTED = "a checkpoint written by this program"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint could not be read, written or used; the message is one line."""
+from training.options import UserError
 
 
 def save(path, arrays, meta):
-    """Writes {name: array} and the JSON of the dict `meta` to `path`, with a checksum.
-
-    Raises CheckpointError if the disk refuses, with the earlier file intact; TypeError or
-    ValueError for arrays, names or a `meta` that cannot be kept.
-    """
-    arrays, record = row_major(arrays), json.dumps(meta)
+    """Writes {name: array} and the JSON of the dict `meta` to `path`, with a checksum; UserError if
+    the disk refuses, with the earlier file intact."""
+    record = json.dumps(meta)
     export(path, arrays, {"crc32, meta": f"{checksum(arrays, record)} {record}"})
 
 
 def export(path, arrays, metadata):
-    """Writes {name: array} and a dict of strings as a safetensors file, replaced like `save`'s.
-
-    arrays: NumPy, any shape, of booleans, integers or floats of at most 64 bits.
-    """
-    rows = row_major(arrays)
-    if not all(isinstance(text, str) for text in metadata.values()):
-        raise TypeError("the metadata of a safetensors file are strings")
+    """Writes {name: NumPy array} and a dict of strings as a safetensors file, like `save`."""
+    rows = {k: np.asarray(a, order="C") for k, a in arrays.items()}  # others would be scrambled
     with replacing(path) as file:
         file.write(safetensors.numpy.save(rows, metadata))
 
 
-def row_major(arrays):
-    """Copies in rows, in this machine's byte order: the library would scramble others."""
-    for name, a in arrays.items():
-        if not isinstance(a, np.ndarray) or a.dtype.kind not in "biuf" or a.itemsize > 8:
-            raise TypeError(f"{name} is not a NumPy array of booleans, integers or floats")
-        if name == "__metadata__":
-            raise ValueError(f"an array cannot be named {name!r}")
-    return {k: np.array(a, dtype=a.dtype.newbyteorder("="), order="C") for k, a in arrays.items()}
-
-
 def load(path):
-    """(arrays, meta) as `save` was given them, tuples in `meta` as lists.
-
-    Raises CheckpointError if the file is missing, truncated, altered or not a checkpoint.
-    """
-    with reading(path, CheckpointError, EXPECTED):
+    """(arrays, meta) as `save` was given them, tuples as lists; UserError for a file that is
+    missing, truncated, altered or no checkpoint."""
+    with reading(path, "a checkpoint written by this program"):
         with safetensors.safe_open(path, "np") as file:
             arrays, about = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
         crc, _, record = about.get("crc32, meta", "").partition(" ")
@@ -77,11 +52,11 @@ def checksum(arrays, record):
 
 
 @contextlib.contextmanager
-def reading(path, error_class, expected):
-    """Inside this context whatever a bad file causes becomes an `error_class` of one line."""
+def reading(path, expected):
+    """Inside this context whatever a bad file causes becomes a UserError of one line."""
     try:
         yield
-    except MemoryError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # the libraries that read files raise errors of many classes
         what = next(iter(str(error).splitlines()), "")[:200]  # a name can be all of the file
@@ -89,9 +64,9 @@ def reading(path, error_class, expected):
             what = error.strerror
         elif isinstance(error, FileNotFoundError):
             what = "no such file"
-        elif type(error) is not ValueError and "missing" not in what:  # a module of Python's
+        elif type(error) not in (ValueError, RuntimeError):  # Python has no lzma; encrypted
             what = f"damaged or truncated ({type(error).__name__}: {what})"
-        raise error_class(f"{path}: {what}; expected {expected}") from error
+        raise UserError(f"{path}: {what}; expected {expected}") from error
 
 
 @contextlib.contextmanager
@@ -99,8 +74,6 @@ def replacing(path):
     """A binary file that takes the place of `path` once all of it is on the disk."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise OSError("not a regular file")
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -111,7 +84,7 @@ def replacing(path):
             os.remove(temporary)
         if isinstance(error, OSError):
             why = error.strerror or error
-            raise CheckpointError(f"{path} could not be written: {why}") from error
+            raise UserError(f"{path} could not be written: {why}") from error
         raise
     with contextlib.suppress(OSError):  # the new name itself; not every system opens a folder
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)

@@ -6,7 +6,6 @@ both devices see the same images in the same order.
 """
 
 import gzip
-import hashlib
 import math
 import os
 import struct
@@ -17,12 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autograd import array_module
 from training.checkpoint import reading
+from training.options import UserError
 
 BUNDLED = str(Path(__file__).resolve().parent.parent / "data" / "mnist.npz")
-SHA256 = "a7ca5941ed14a4e275a85c70d92dc1ec30216050a9a8efb4cd648939b6ce6b80"
-SIZE = 9_477_731
 LIMIT = 2**30  # bytes of one data set, unpacked
 
 IDX = {
@@ -35,18 +32,13 @@ CIFAR = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
 EXPECTED = "uint8 images x_train, x_test (n, H, W[, C]) and labels y_train, y_test (n,) of 0 to 254"
 
 
-class DataError(ValueError):
-    """A data set could not be read or used; the message is one line."""
-
-
 class Dataset(NamedTuple):
-    """Images x (n, H, W) or (n, H, W, C) and labels y (n,), uint8, counted from 0; and a name."""
+    """Images x (n, H, W) or (n, H, W, C) and labels y (n,), uint8, counted from 0."""
 
     x_train: np.ndarray
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
-    name: str
 
     @property
     def classes(self):
@@ -60,50 +52,40 @@ def load(path=None, parts=("train", "test")):
     An .npz file holds the arrays x_train, y_train, x_test, y_test and no others.  A folder holds
     the four files of MNIST's own format, plain or .gz, or the six .bin files of CIFAR-10.
     parts: ("test",) is content without training images, and leaves None in their place.
-    Raises DataError if something is missing, truncated, altered, or not of the right form.
+    Raises UserError if something is missing, truncated, altered, or not of the right form.
     """
-    if path is None:
-        _verify_bundled()
-    path = BUNDLED if path is None else os.fspath(path)
-    name = os.path.basename(os.path.normpath(path))
-    names = [f"{kind}_{part}" for part in parts for kind in "xy"]
-    if os.path.isdir(path):
-        inside = os.listdir(path)
-        if "data_batch_1" in inside:
-            raise DataError(f"{path}: CIFAR-10 in pickles, which can hold any program; take the "
-                            "binary version, data_batch_1.bin and so on")  # fmt: skip
-        read = _read_cifar if CIFAR[1][0] in inside else _read_idx
-        arrays = {key: read(path, key) for key in names}
-    elif os.path.isfile(path) and path.lower().endswith(".npz"):
-        with reading(path, DataError, EXPECTED):
+    path, names = path or BUNDLED, [f"{kind}_{part}" for part in parts for kind in "xy"]
+    with reading(path, EXPECTED):
+        if os.path.isdir(path):
+            inside = os.listdir(path)
+            if "data_batch_1" in inside:
+                raise ValueError(
+                    "CIFAR-10 in pickles, which can run any program: take the .bin files"
+                )
+            read = _read_cifar if CIFAR[1][0] in inside else _read_idx
+            arrays = {key: read(path, key) for key in names}
+        elif os.path.isfile(path) and str(path).lower().endswith(".npz"):
             arrays = _read_npz(path, names)
-    else:
-        what = "is not an .npz file" if os.path.exists(path) else "no such file or folder"
-        raise DataError(f"{path}: {what}; expected an .npz file, or a folder of IDX or .bin files")
-    with reading(path, DataError, EXPECTED):
-        _check_arrays(arrays, parts)
-    rows = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
-    return Dataset(**{key: rows.get(key) for key in IDX}, name=name)
+        else:
+            known = os.path.exists(path)
+            raise ValueError("is not an .npz file" if known else "no such file or folder")
+        return Dataset(*(_checked(arrays).get(key) for key in IDX))
 
 
-def split(dataset, validation=None, limit=None, *, rng):
+def split(dataset, limit, rng):
     """x_train, y_train, x_val, y_val: the training images, some of them held out at random.
 
-    validation: how many are held out, the first of a permutation drawn from `rng`; None: 5,000, but
-    at most a sixth of all, and with a limit at most limit // 5, one at least.
-    limit: how many of the others are kept for training (None: all).
-    Raises DataError where the data set has too few images for that.
+    Held out are 5,000, but at most a sixth of all, and with a limit at most a fifth of it; one at
+    least.  limit: how many of the others are kept for training; 0: all.
+    Raises UserError where the data set has too few images for that.
     """
     n = len(dataset.x_train)
-    if (validation or 0) < 0 or (limit is not None and limit < 1):
-        raise DataError(f"validation must be >= 0 and limit >= 1, got {validation} and {limit}")
-    if validation is None:
-        validation = max(1, min(5000, n // 6, (limit or n) // 5))
+    validation = max(1, min(5000, n // 6, (limit or n) // 5))
     if validation + (limit or 1) > n:
         wanted = f"{validation} for validation and {limit or 1} to train on"
-        raise DataError(f"{dataset.name} has {n} training images; {wanted} are too many")
+        raise UserError(f"there are {n} training images; {wanted} are too many")
     order = rng.permutation(n)
-    held_out, kept = order[:validation], order[validation:][:limit]
+    held_out, kept = order[:validation], order[validation:][: limit or n]
     x, y = dataset.x_train, dataset.y_train
     return x[kept], y[kept], x[held_out], y[held_out]
 
@@ -111,53 +93,24 @@ def split(dataset, validation=None, limit=None, *, rng):
 def statistics(x):
     """The mean and standard deviation, as floats, of all pixels of uint8 images x, scaled to 0..1.
 
-    Computed exactly from the histogram.  Raises DataError if all pixels are equal.
+    Computed exactly from the histogram.  Raises UserError if all pixels are equal.
     """
-    array_module(x)  # TypeError for what is no array
-    if x.dtype != np.uint8:
-        raise DataError(f"images must be uint8, got {x.dtype}")
     counts = np.zeros(256, np.int64)
     for start in range(0, len(x), 4096):  # bincount widens its argument to 8 bytes
         counts += np.bincount(x[start : start + 4096].ravel(), minlength=256)
-    levels = np.arange(256) / 255
     if np.count_nonzero(counts) < 2:
-        raise DataError("all pixels are equal: there is no standard deviation to divide by")
-    share = counts / counts.sum()
+        raise UserError("all pixels are equal: there is no standard deviation to divide by")
+    levels, share = np.arange(256) / 255, counts / counts.sum()
     mean = float(share @ levels)
     return mean, math.sqrt(share @ (levels - mean) ** 2)
 
 
 def standardise(x, mean, std):
     """(x/255 − mean)/std in float32, for uint8 images x of any shape, NumPy or CuPy."""
-    array_module(x)  # TypeError for what is no array
-    if x.dtype != np.uint8:
-        raise DataError(f"images must be uint8, got {x.dtype}")
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise DataError(f"mean and std must be finite, and std positive, got {mean} and {std}")
     out = x.astype(np.float32)
     out *= 1 / (255 * std)
     out -= mean / std
     return out
-
-
-def pad(x, width):
-    """Images x (n, H, W[, C]) with `width` zero pixels added on every side."""
-    return np.pad(x, ((0, 0), (width, width), (width, width), (0, 0))[: x.ndim])
-
-
-def crops(x, chosen, offsets, size):
-    """Windows of size (H, W) of the padded images x[chosen], at offsets (B, 2) from their corners.
-
-    x: (n, H', W'[, C]); chosen: (B,) integers; NumPy or CuPy.  Returns (B, H, W[, C]) in x's dtype.
-    Raises DataError for negative ones, which would count from the end, and IndexError beyond it; a
-    GPU is not waited for.
-    """
-    xp = array_module(x, chosen, offsets)
-    if xp is np and min(chosen.min(initial=0), offsets.min(initial=0)) < 0:
-        raise DataError("chosen and offsets must not be negative")
-    rows = (offsets[:, 0, None] + xp.arange(size[0]))[:, :, None]
-    columns = (offsets[:, 1, None] + xp.arange(size[1]))[:, None, :]
-    return x[chosen[:, None, None], rows, columns]
 
 
 class Batches:
@@ -168,12 +121,11 @@ class Batches:
     def __init__(self, x, y, config, xp=np, rank=0, ranks=1):
         self.shift, self.seed, self.xp, self.epoch = config.shift, config.seed, xp, None
         self.size = min(config.batch_size, len(x))
-        if self.shift >= min(x.shape[1:3]):
-            raise DataError(f"--shift must be less than the image's {min(x.shape[1:3])} pixels")
         if self.size < ranks:
             what = f"--batch-size {config.batch_size}, {len(x)} training images"
-            raise DataError(f"{ranks} ranks need as many images in a batch, got {what}")
-        self.x, self.y, self.image = xp.asarray(pad(x, self.shift)), xp.asarray(y), x.shape[1:3]
+            raise UserError(f"{ranks} ranks need as many images in a batch, got {what}")
+        width = ((0, 0), (self.shift, self.shift), (self.shift, self.shift), (0, 0))[: x.ndim]
+        self.x, self.y, self.image = xp.asarray(np.pad(x, width)), xp.asarray(y), x.shape[1:3]
         self.per_epoch = len(x) // self.size
         self.slice = self.size * rank // ranks, self.size * (rank + 1) // ranks
 
@@ -189,17 +141,11 @@ class Batches:
         return self.order[part], self.offsets[part]
 
     def images(self, chosen, offsets):
-        """The chosen images, moved by their offsets, uint8, and their labels."""
-        return crops(self.x, chosen, offsets, self.image), self.y[chosen]
-
-
-def _verify_bundled():
-    with reading(BUNDLED, DataError, f"{SIZE:,} bytes with SHA-256 {SHA256[:12]}..."):
-        with open(BUNDLED, "rb") as file:
-            digest = hashlib.sha256(file.read(SIZE + 1)).hexdigest()
-        if digest != SHA256:
-            size = os.path.getsize(BUNDLED)
-            raise ValueError(f"altered or truncated: {size:,} bytes with SHA-256 {digest[:12]}...")
+        """The chosen images (B, H, W[, C]), uint8, moved by their offsets, and their labels."""
+        (H, W), arange = self.image, self.xp.arange
+        rows = (offsets[:, :1] + arange(H))[:, :, None]
+        columns = (offsets[:, 1:] + arange(W))[:, None, :]
+        return self.x[chosen[:, None, None], rows, columns], self.y[chosen]
 
 
 def _read_npz(path, names):
@@ -218,14 +164,7 @@ def _read_npz(path, names):
             missing = [key for key in names if key not in file.files]
             if missing:
                 raise ValueError(f"holds no {missing[0]}")
-            return {key: _labels(key, file[key]) if key[0] == "y" else file[key] for key in names}
-
-
-def _labels(name, y):
-    """Whole numbers of any dtype as uint8."""
-    if y.min() < 0 or y.max() > 254 or (y != np.floor(y)).any():
-        raise ValueError(f"{name} has labels from {y.min()} to {y.max()}")
-    return y.astype(np.uint8)
+            return {key: file[key] for key in names}
 
 
 def _bytes(file, count):
@@ -243,15 +182,12 @@ def _read_idx(folder, key):
     paths = [os.path.join(folder, stem + end) for stem in stems for end in ("", ".gz")]
     path = next(filter(os.path.isfile, paths), None)
     if path is None:
-        raise DataError(f"{folder}: holds no {IDX[key]}; expected that or {IDX[key]}.gz")
+        raise ValueError(f"holds no {IDX[key]} or {IDX[key]}.gz")
     ndim = 3 if key[0] == "x" else 1
     magic = 0x0800 | ndim  # 08: uint8, then the number of dimensions
     opener = gzip.open if path.endswith(".gz") else open
-    with reading(path, DataError, f"IDX with magic 0x{magic:08x}"), opener(path, "rb") as file:
-        header = file.read(4 + 4 * ndim)  # big-endian
-        if len(header) < 4 + 4 * ndim:
-            raise ValueError(f"truncated: {len(header)} of the {4 + 4 * ndim} header bytes")
-        found, *shape = struct.unpack(f">{1 + ndim}I", header)
+    with reading(path, f"IDX with magic 0x{magic:08x}"), opener(path, "rb") as file:
+        found, *shape = struct.unpack(f">{1 + ndim}I", file.read(4 + 4 * ndim))
         if found != magic:
             raise ValueError(f"wrong magic 0x{found:08x}")
         _check_header(key, tuple(shape), np.dtype(np.uint8))
@@ -263,10 +199,9 @@ def _read_cifar(folder, key):
     arrays = []
     for name in CIFAR[key.endswith("test")]:
         path = os.path.join(folder, name)
-        with reading(path, DataError, "CIFAR-10's binary records of 3,073 bytes"):
-            with open(path, "rb") as file:
-                count = os.path.getsize(path) // 3073
-                records = _bytes(file, 3073 * max(1, count)).reshape(-1, 3073)
+        with reading(path, "CIFAR-10's binary records of 3,073 bytes"), open(path, "rb") as file:
+            count = max(1, os.path.getsize(path) // 3073)
+            records = _bytes(file, 3073 * count).reshape(-1, 3073)
         pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         arrays.append(records[:, 0] if key[0] == "y" else pixels)
     return np.concatenate(arrays)
@@ -277,21 +212,24 @@ def _check_header(name, shape, dtype):
         raise ValueError(f"holds an array {name!r}")
     if dtype != np.uint8 if name[0] == "x" else dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {dtype}")
-    if len(shape) not in ((3, 4) if name[0] == "x" else (1,)):
-        raise ValueError(f"{name} has shape {shape}")
-    if 0 in shape or math.prod(shape) * dtype.itemsize > LIMIT:
+    fits = len(shape) in ((3, 4) if name[0] == "x" else (1,)) and 0 not in shape
+    if not fits or math.prod(shape) * dtype.itemsize > LIMIT:
         raise ValueError(f"{name} has shape {shape}")
 
 
-def _check_arrays(arrays, parts):
-    first = f"x_{parts[0]}"
-    for part in parts:
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if len(x) != len(y):
-            raise ValueError(f"{len(x)} images x_{part} but {len(y)} labels y_{part}")
-        if x.shape[1:] != arrays[first].shape[1:]:
-            raise ValueError(f"{first} has images of {arrays[first].shape[1:]}, x_{part} of "
-                             f"{x.shape[1:]}")  # fmt: skip
-        if "train" in parts and y.max() > arrays["y_train"].max() or y.max() > 254:
-            most = min(254, arrays.get("y_train", y).max())
-            raise ValueError(f"y_{part} has a label {y.max()}, above the {most} allowed")
+def _checked(arrays):
+    """The arrays in rows, labels as uint8; ValueError for what cannot be trained on or tested."""
+    for name, y in arrays.items():
+        if name[0] == "y":
+            x = arrays["x" + name[1:]]
+            if y.min() < 0 or y.max() > 254 or (y != np.floor(y)).any():
+                raise ValueError(f"{name} has labels from {y.min()} to {y.max()}")
+            if len(x) != len(y):
+                raise ValueError(f"{len(x)} images x{name[1:]} but {len(y)} labels {name}")
+    arrays = {k: np.ascontiguousarray(a, np.uint8) for k, a in arrays.items()}
+    x, y, x_test, y_test = map(arrays.get, IDX)
+    if x is not None and x.shape[1:] != x_test.shape[1:]:
+        raise ValueError(f"x_train has images of {x.shape[1:]}, x_test of {x_test.shape[1:]}")
+    if x is not None and y_test.max() > y.max():
+        raise ValueError(f"y_test has a label {y_test.max()}, above the {y.max()} of y_train")
+    return arrays

@@ -13,29 +13,20 @@ from autograd import array_module
 from fast.gpu import product
 
 
-def flatten(parameters):
-    """All weights in one array (n,) and all gradients, zeros, in another; every p.data and p.grad
-    of the dict `parameters` becomes a view of them, in order."""
-    weights = joined(parameters)
-    return weights, attach(parameters, weights)
-
-
-def joined(parameters):
-    """A copy of all weights, one after the other (n,); ValueError unless they have one dtype."""
-    dtypes = {str(p.dtype) for p in parameters.values()}
-    if len(dtypes) != 1:
-        got = f"of {', '.join(sorted(dtypes))}" if dtypes else "none"
-        raise ValueError(f"an optimiser needs parameters of one dtype, got {got}")
-    xp = array_module(*parameters.values())
-    return xp.concatenate([p.data.reshape(-1) for p in parameters.values()])
-
-
-def attach(parameters, weights):
-    """Makes `parameters` views of the array `weights`, and their gradients views of the result."""
+def flatten(parameters, weights=None):
+    """All weights in one array (n,), or in that which is given, and all gradients, zeros, in
+    another; every p.data and p.grad of the dict `parameters` becomes a view of them, in order."""
+    weights = joined(parameters) if weights is None else weights
     grads = 0 * weights
     for p, w, g in zip(parameters.values(), views(weights, parameters), views(grads, parameters)):
         p.data, p.grad = w, g
-    return grads
+    return weights, grads
+
+
+def joined(parameters):
+    """A copy of all weights, one after the other (n,), in their one dtype."""
+    parts = [p.data.reshape(-1) for p in parameters.values()]
+    return array_module(*parts).concatenate(parts, dtype=parts[0].dtype, casting="no")
 
 
 def views(a, parameters):
@@ -48,8 +39,6 @@ def views(a, parameters):
 
 def schedule(t, steps, warmup):
     """The factor on the rates in step t = 0, 1, …: linear warm-up to 1, then half a cosine to 0."""
-    if not t >= 0:
-        raise ValueError(f"t counts from 0, got {t}")
     warmup = min(warmup, steps // 2)
     if t < warmup:
         return (t + 1) / warmup
@@ -99,14 +88,6 @@ def named(a, parameters, what):
     return dict(zip((f"{name}.{what}" for name in parameters), views(a, parameters)))
 
 
-def _tall(M):
-    """Whether the matrices M (..., n, m) have more rows than columns."""
-    array_module(M)  # TypeError for what is no array
-    if M.ndim < 2:
-        raise ValueError(f"expected matrices (..., n, m), got shape {M.shape}")
-    return M.shape[-2] > M.shape[-1]
-
-
 def orthogonalise(M, steps=5):
     """The orthogonal polar factor of M (..., n, m), roughly: most singular values in 0.7 … 1.2.
 
@@ -119,8 +100,7 @@ def orthogonalise(M, steps=5):
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     beta, scale = b / (2 * math.sqrt(c)), c**0.25
-    xp = array_module(M)
-    tall = _tall(M)
+    xp, tall = array_module(M), M.shape[-2] > M.shape[-1]
     Y = M.swapaxes(-1, -2) if tall else M
     I = xp.eye(Y.shape[-2], dtype=M.dtype)
     beta_I, gamma_I = beta * I, (a - beta * beta) * I
@@ -135,43 +115,43 @@ def orthogonalise(M, steps=5):
     return Y.swapaxes(-1, -2) if tall else Y
 
 
+def gram(W):
+    """WᵀW or WWᵀ, whichever is smaller, for matrices W (..., n, m)."""
+    Wt = W.swapaxes(-1, -2)
+    return product(Wt, W) if W.shape[-2] > W.shape[-1] else product(W, Wt)
+
+
 def retract(W, steps=2):
     """The nearest (semi-)orthogonal matrix to W (..., n, m), for W within about lr of one.
 
     Cubic Newton–Schulz, W ← W (3I − WᵀW)/2: the error is squared by each step.
     """
-    tall = _tall(W)
-    I = array_module(W).eye(min(W.shape[-2:]), dtype=W.dtype)
+    n, m = W.shape[-2:]
+    I = array_module(W).eye(min(n, m), dtype=W.dtype)
     for _ in range(steps):
-        Wt = W.swapaxes(-1, -2)
-        C = 1.5 * I - 0.5 * (product(Wt, W) if tall else product(W, Wt))
-        W = product(W, C) if tall else product(C, W)
+        C = 1.5 * I - 0.5 * gram(W)
+        W = product(W, C) if n > m else product(C, W)
     return W
 
 
 def orthogonal(W):
     """Whether W (..., n, m) has nearly orthonormal columns or rows, so that `retract` converges."""
-    Wt = W.swapaxes(-1, -2)
-    G = product(Wt, W) if _tall(W) else product(W, Wt)
-    return bool(abs(G - array_module(W).eye(G.shape[-1], dtype=W.dtype)).max() < 0.1)
+    I = array_module(W).eye(min(W.shape[-2:]), dtype=W.dtype)
+    return bool(abs(gram(W) - I).max() < 0.1)
 
 
 class Muon:
-    """Momentum whose update is orthogonalised, kept on the (semi-)orthogonal matrices.
+    """Nesterov momentum whose update is orthogonalised, and weights that are kept orthogonal.
 
-    W ← retract(W − lr · orthogonalise(momentum)): every weight starts orthogonal and stays so, and
-    lr is about the angle in radians by which a step can turn it.  Matrices of one shape are updated
-    as one batch, so `self.parameters` are sorted by shape.
+    buffer ← momentum · buffer + G,  W ← retract(W − lr · orthogonalise(G + momentum · buffer))
+
+    For matrices (..., n, m) that begin (semi-)orthogonal; lr is about the angle in radians by which
+    a step can turn one.  Matrices of one shape are updated as one batch, so `self.parameters` are
+    sorted by shape.
     """
 
-    def __init__(self, parameters, momentum=0.95, retraction=True):
-        self.momentum, self.retraction = momentum, retraction
-        self.parameters, self.state, self.buffers = {}, {}, []
-        for name, p in parameters.items():
-            if p.ndim < 2 or not p.size:
-                raise ValueError(f"Muon takes matrices (..., n, m), {name} has shape {p.shape}")
-            if retraction and not orthogonal(p.data):
-                raise ValueError(f"Muon keeps weights orthogonal, and {name} does not begin so")
+    def __init__(self, parameters, momentum=0.95):
+        self.momentum, self.parameters, self.state, self.buffers = momentum, {}, {}, []
         for shape in dict.fromkeys(p.shape[-2:] for p in parameters.values()):
             group = {k: p for k, p in parameters.items() if p.shape[-2:] == shape}
             self.buffers.append(0 * joined(group).reshape(-1, *shape))
@@ -179,16 +159,14 @@ class Muon:
             self.parameters |= group
 
     def step(self, w, g, lr, t):
-        """Update of the weights w (n,), in the order of `self.parameters`, by their gradients g."""
+        """Update of the weights w (n,) by their gradients g, as `self.parameters` lie; no t."""
         start = 0
         for buffer in self.buffers:
             part = slice(start, start + buffer.size)
             W, G = (a[part].reshape(buffer.shape) for a in (w, g))
             buffer *= self.momentum
             buffer += G
-            W -= lr * orthogonalise(G + self.momentum * buffer)
-            if self.retraction:
-                W[...] = retract(W)
+            W[...] = retract(W - lr * orthogonalise(G + self.momentum * buffer))
             start = part.stop
 
 

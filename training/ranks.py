@@ -29,7 +29,7 @@ class Ranks:
             return
         try:
             from mpi4py import MPI
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:
             text = f"mpiexec needs mpi4py ({error}): pip install -r requirements-mpi.txt"
             raise UserError(text) from None
         self.comm, self.rank, self.size = MPI.COMM_WORLD, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
@@ -57,12 +57,8 @@ class Ranks:
             raise
 
     def summed(self, gradients, grads, batch_size):
-        """gradients(images, labels) of this rank's slice of a batch, and then the sum over all
-        ranks.
-
-        A slice counts as its share of the batch, so the sum is the gradient of the mean over the
-        batch, however unequal the slices.
-        """
+        """gradients(images, labels) of this rank's slice of a batch, and then their sum over all
+        ranks: each counts as its slice's share of the batch, however unequal the slices."""
         if self.size == 1:
             return gradients
 
@@ -77,8 +73,8 @@ class Ranks:
     def sum_up(self, grads, *values):
         """Sums `grads` (n,), in place, and the 0-d `values` over the ranks; returns those sums."""
         xp = array_module(grads)
-        flat = [grads, *(xp.asarray(a, dtype=grads.dtype).reshape(1) for a in values)]
-        flat = xp.concatenate(flat)
+        values = (xp.asarray(a, dtype=grads.dtype).reshape(1) for a in values)
+        flat = xp.concatenate([grads, *values])
         if xp is not np and self.takes_gpu_arrays:
             xp.cuda.get_current_stream().synchronize()  # MPI does not wait for kernels
         else:
@@ -89,14 +85,9 @@ class Ranks:
         grads[...] = total[: grads.size]
         return tuple(total[grads.size :])
 
-    def stopped(self, stop):
-        """Whether any rank has noticed a signal: all leave the loop after the same step."""
-        if self.size > 1:
-            number = max(self.comm.allgather(stop.signal or 0))
-            if number:
-                stop.signal = number
-            return number > 0
-        return stop.signal is not None
+    def largest(self, number):
+        """The largest of all ranks' numbers."""
+        return max(self.comm.allgather(number)) if self.size > 1 else number
 
     def check_same(self, weights, digest):
         """Refuses ranks that would not begin with the same weights and images."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from autograd import to_cpu
 from training import checkpoint
-from training.options import UserError, check_values
+from training.options import UserError
 
 NAME = "checkpoint.safetensors"
 SECONDS = 60  # from save to save, where an epoch takes longer
@@ -40,12 +40,12 @@ class Stop:
     ends the process."""
 
     def __init__(self, ranks):
-        self.signal, self.ranks = None, ranks
+        self.signal, self.ranks = 0, ranks
 
     def __enter__(self):
-        numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
-        self.before = {n: signal.signal(n, self.notice) for n in dict.fromkeys(numbers)
-                       if signal.getsignal(n) is not signal.SIG_IGN}  # fmt: skip
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+        caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+        self.before = {n: signal.signal(n, self.notice) for n in caught}
         return self
 
     def __exit__(self, *error):
@@ -53,7 +53,7 @@ class Stop:
             signal.signal(number, handler)
 
     def notice(self, number, frame):
-        if self.signal is not None:
+        if self.signal:
             os._exit(128 + number)
         self.signal = number
 
@@ -67,17 +67,18 @@ class Stop:
     def steps(self, first, last):
         """first, first + 1, …, last − 1, until a signal."""
         for t in range(first, last):
-            if self.ranks.stopped(self):
+            if number := self.ranks.largest(self.signal):  # all stop after the same step
+                self.signal = number
                 return
             yield t
 
 
-def state(run):
-    """Every array that training changes, by name, on the CPU."""
-    arrays = {f"model.{k}": p.data for k, p in run.parameters.items()}
-    for optimizer, _, _ in run.updates:
+def state(parameters, updates=()):
+    """Every array that training changes, by name; updates: as `assign` has them."""
+    arrays = {f"model.{k}": p.data for k, p in parameters.items()}
+    for optimizer, _, _ in updates:
         arrays |= {f"optimizer.{k}": a for k, a in optimizer.state.items()}
-    return {k: to_cpu(a) for k, a in arrays.items()}
+    return arrays
 
 
 class Saver:
@@ -105,14 +106,18 @@ class Saver:
         """Saves this step, once, unless a number in it is NaN or Inf."""
         if self.saved_step == self.progress.step:
             return
-        arrays, progress = state(self.run), dataclasses.asdict(self.progress)
+        arrays = {k: to_cpu(a) for k, a in state(self.run.parameters, self.run.updates).items()}
         for name, a in arrays.items():
             if not np.isfinite(a).all():
                 raise FloatingPointError(f"{name} contains NaN or Inf")
-        progress["sums"] = [float(a) for a in self.progress.sums]
-        meta = {"config": dataclasses.asdict(self.run.config), "progress": progress}
-        checkpoint.save(self.path, arrays, meta)
+        self.progress.sums = [float(a) for a in self.progress.sums]
+        checkpoint.save(self.path, arrays, about(self.run.config, self.progress))
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
+
+
+def about(config, progress):
+    """What a checkpoint says of a run, as JSON has it."""
+    return {"config": dataclasses.asdict(config), "progress": dataclasses.asdict(progress)}
 
 
 def load(path, Config, given):
@@ -120,10 +125,14 @@ def load(path, Config, given):
     the command line must agree with it."""
     path = Path(path) / NAME if os.path.isdir(path) else Path(path)
     arrays, meta = checkpoint.load(path)
-    config, progress = (
-        read(kind, meta.get(name) if isinstance(meta, dict) else None, path)
-        for kind, name in ((Config, "config"), (Progress, "progress"))
-    )
+    with checkpoint.reading(path, "the configuration and the progress of a run"):
+        if types(meta) != types(about(Config(), Progress())):
+            raise ValueError("not a checkpoint of this program")
+        config, progress = Config(**meta["config"]), Progress(**meta["progress"])
+        for field in dataclasses.fields(config):
+            field.metadata["convert"](str(getattr(config, field.name)))
+        if min(progress.step, progress.threads) < 0 or not progress.statistics[1] > 0:
+            raise ValueError("a count below 0, or no deviation")
     for name, value in given.items():
         saved = getattr(config, name)
         if name == "epochs" and value > saved:
@@ -131,44 +140,22 @@ def load(path, Config, given):
             config.epochs = value
         elif saved != value:
             raise UserError(f"{path}: {name} differs: {saved!r} in the checkpoint, {value!r} here")
-    try:
-        check_values(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     return config, progress, arrays
 
 
-def read(kind, values, path):
-    """The dataclass `kind` of a dict that has exactly its fields, of its types."""
-    form = dataclasses.asdict(kind())
-    if not isinstance(values, dict) or {k: types(v) for k, v in values.items()} != {
-        k: types(v) for k, v in form.items()
-    }:
-        raise UserError(f"{path} is not a checkpoint of this program")
-    numbers = [v for value in values.values() for v in (value if type(value) is list else [value])]
-    if not all(0 <= v < np.inf for v in numbers if type(v) is not str) and kind is Progress:
-        raise UserError(f"{path} is not a checkpoint of this program")
-    return kind(**values)
-
-
 def types(value):
-    return [type(v) for v in value] if isinstance(value, list) else type(value)
+    """A piece of JSON, with the types in place of what it holds."""
+    if isinstance(value, dict):
+        return {k: types(v) for k, v in value.items()}
+    return [types(v) for v in value] if isinstance(value, list) else type(value)
 
 
-def restore(arrays, parameters, optimizers=(), xp=np):
-    """Puts a checkpoint's arrays in the place of those of the model and of the optimisers."""
-    mine = {f"model.{k}": p.data for k, p in parameters.items()}
-    for optimizer in optimizers:
-        mine |= {f"optimizer.{k}": a for k, a in optimizer.state.items()}
-    if not optimizers:
-        arrays = {k: a for k, a in arrays.items() if k.startswith("model.")}
-
-    def form(arrays):
-        return {k: (a.shape, a.dtype.kind, a.dtype.itemsize) for k, a in arrays.items()}
-
-    if form(mine) != form(arrays):
+def restore(arrays, parameters, updates=(), xp=np):
+    """Puts a checkpoint's arrays in the place of those of the model, and of its optimisers."""
+    mine = state(parameters, updates)
+    arrays = {k: a for k, a in arrays.items() if updates or k.startswith("model.")}
+    wanted, got = ({k: (a.shape, a.dtype) for k, a in b.items()} for b in (mine, arrays))
+    if wanted != got:
         raise UserError("the checkpoint's arrays are not those of this configuration")
     for k, a in arrays.items():
-        if not np.isfinite(a).all():
-            raise UserError(f"the checkpoint's {k} contains NaN or Inf")
         mine[k][...] = xp.asarray(a)

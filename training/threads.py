@@ -6,31 +6,29 @@ thirds of the time.
 
 from concurrent.futures import ThreadPoolExecutor
 
-from training.optimizers import attach
+from training.optimizers import flatten
 
 
 def in_threads(gradients, models, run):
-    """gradients(images, labels) by gradients(model, images, labels) in a thread for each of
-    `models`.
+    """gradients(images, labels) by gradients(model, images, labels) in a thread for each model.
 
-    All models share the weights of the run; run.grads are those of the first model, to which those
-    of the others are added, each with its share of the batch.
+    All share the weights of the run; run.grads are those of the first, to which those of the others
+    are added, each with its share of the batch.
     """
     others = []
     for model in models[1:]:
-        parameters = model.parameters
-        others.append(attach({k: parameters[k] for k in run.parameters}, run.weights))
+        in_order = {k: model.parameters[k] for k in run.parameters}
+        others.append(flatten(in_order, run.weights)[1])
     pool = ThreadPoolExecutor(len(models))
 
     def divided(images, labels):
         B = len(labels)
-        used = min(len(models), B)
-        ends = [B * i // used for i in range(used + 1)]
+        ends = [B * i // len(models) for i in range(len(models) + 1)]
         parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
-        for buffer in others[: used - 1]:
+        shares = [(b - a) / B for a, b in zip(ends, ends[1:])]
+        for buffer in others:
             buffer[...] = 0
         results = list(pool.map(lambda m, p: gradients(m, images[p], labels[p]), models, parts))
-        shares = [(p.stop - p.start) / B for p in parts]
         run.grads *= shares[0]
         for buffer, share in zip(others, shares[1:]):
             run.grads += share * buffer
