@@ -132,14 +132,15 @@ class Run:
         factor = schedule(t, self.steps, self.config.warmup)  # on the learning rates
         return self.update(*self.batches.choose(t), factor, t + 1)
 
-    def update(self, chosen, offsets, factor, t):
+    def update(self, chosen, offsets, factor, count):
+        """The update number `count` = 1, 2, … of the weights, by the images chosen for it."""
         images, labels = self.batches.images(chosen, offsets)
         self.grads[...] = 0
         loss, right = self.gradients(self.standardise(images), labels)
         norm = 0.0
         for optimizer, part, rate in self.updates:  # clipped apart: ∂L/∂α is large where α is small
             norm = self.xp.hypot(norm, clip(self.grads[part], self.config.clip))
-            optimizer.step(self.weights[part], self.grads[part], factor * rate, t)
+            optimizer.step(self.weights[part], self.grads[part], factor * rate, count)
         return loss, right, norm
 
 

@@ -49,8 +49,8 @@ def child():
         return loss * share, right
 
     def update(t):
-        clip(run.grads, run.config.clip)
         for optimizer, part, rate in run.updates:
+            clip(run.grads[part], run.config.clip)
             optimizer.step(run.weights[part], run.grads[part], rate, t + 1)
 
     def timed(name, f, *arguments):
