@@ -1,7 +1,8 @@
 """Orthogonal Self-Attention (Zhang & Martens, arXiv 2602.05996): the paper in one file.
 
-Read it from top to bottom beside the paper; `python osa_minimal.py` checks it and trains a network
-without skip connections and normalisation.  It needs NumPy (or CuPy) and autograd.py, nothing else.
+Read it from top to bottom; README says what is known to be the paper's and what is ours.
+`python osa_minimal.py` checks it and trains a network without skip connections and normalisation.
+It needs NumPy (or CuPy) and autograd.py, nothing else.
 
     N, d         tokens, their width                  S = s (Q Kᵀ − K Qᵀ)    scores (N, N), Sᵀ = −S
     h, d_v       heads, the width of one, d = h d_v   A = exp(S)             attention, AᵀA = I
@@ -9,9 +10,8 @@ without skip connections and normalisation.  It needs NumPy (or CuPy) and autogr
     α, s         learnt scale, s = α/√d_v             θ, max θ = ‖S‖₂        rotation angles of A
     P = [Q, K]   (N, 2 d_v): with J = [[0, I], [−I, 0]] the scores are S = s P J Pᵀ, of rank ≤ 2 d_v
 
-`...` are any batch dimensions, for instance (batch, heads).  Up to section 6 all is plain arrays.
-Left to fast/: the last factor of speed, overflow, GPUs that never wait.  Its functions have the
-same names, and tests/test_paper.py holds both to one answer.
+`...` are any batch dimensions, as (batch, heads).  Sections 1 to 5 are about plain arrays.  fast/
+has functions of the same names, 2 to 5 times as fast, for any input, held to the same answer.
 """
 
 import math
@@ -70,7 +70,7 @@ def exp_phi1(Z):
     if not norm < math.inf:
         raise FloatingPointError("the scores S hold NaN or Inf")
     j = max(0, math.ceil(math.log2(norm)) + 1) if norm else 0
-    terms = 9 if Z.dtype == np.float32 else 17  # ½ⁿ/n! < eps
+    terms = 9 if Z.dtype == np.float32 else 17  # the next term is below eps
     Y = Z * 0.5**j
     F = I + Y / terms
     for i in range(terms - 1, 1, -1):  # Horner: φ₁(Y) = I + Y/2 (I + Y/3 (I + …))
@@ -84,7 +84,7 @@ def exp_phi1(Z):
 def frechet(Z, D):
     """d/dt exp(Z + tD) at t = 0, linear in D: the corner of exp [[Z, D], [0, Z]]."""
     n = Z.shape[-1]
-    size = abs(D).sum(axis=-1).max() + float(np.finfo(D.dtype).tiny)  # so that ‖Z‖ alone sets j
+    size = 1024 * (abs(D).sum(axis=-1).max() + float(np.finfo(D.dtype).tiny))  # ‖Z‖ alone sets j
     block = array_module(Z).zeros((*Z.shape[:-2], 2 * n, 2 * n), Z.dtype)
     block[..., :n, :n] = block[..., n:, n:] = Z
     block[..., :n, n:] = D / size
@@ -117,7 +117,7 @@ def osa_forward(Q, K, V, alpha, method="qr"):
     r = min(N, 2 d_v), S = B S_B Bᵀ with S_B = BᵀSB (r, r), so that Sⁿ = B S_Bⁿ Bᵀ for n ≥ 1 and
         exp(S) = I + B (exp(S_B) − I) Bᵀ,        O = V + B (exp(S_B) − I) BᵀV.
     Without a basis, ours: G = PᵀP, Sⁿ = P sJ (G sJ)ⁿ⁻¹ Pᵀ and O = V + P sJ φ₁(G sJ) PᵀV, which
-    loses eps (s‖P‖²)², much where tokens are nearly parallel (route "gram" of fast/, notebook 03).
+    loses eps (s‖Q‖‖K‖)², much where Q ≈ K or tokens are parallel (notebook 03; fast/, "gram").
     """
     if Q.shape != K.shape or Q.shape[:-1] != V.shape[:-1] or not Q.dtype == K.dtype == V.dtype:
         got = ", ".join(f"{M.dtype} {M.shape}" for M in (Q, K, V))
@@ -140,8 +140,8 @@ def osa_forward(Q, K, V, alpha, method="qr"):
 def osa_backward(dO, saved):
     """dQ, dK, dV, dα for the gradient dO (..., N, m) of O = osa_forward(Q, K, V, α)[0].
 
-    A depends on Q and K through S alone: neither QR nor Newton–Schulz is differentiated.
-    ⟨dO, dA V⟩ = ⟨Ŝ, dS⟩ for Ŝ = frechet(Sᵀ, dO Vᵀ) (N, N), and with the differential of S
+    A depends on Q and K through S alone: neither QR nor Newton–Schulz is differentiated.  Ours.
+    δ for differentials, d for gradients, ⟨dO, δA V⟩ = ⟨Ŝ, δS⟩ with Ŝ = frechet(Sᵀ, dO Vᵀ) (N, N):
         dQ = s (Ŝ − Ŝᵀ) K,   dK = −s (Ŝ − Ŝᵀ) Q,   dα = ⟨Ŝ, S/α⟩ = ⟨Ŝ − Ŝᵀ, Q Kᵀ⟩/√d_v.
     Q = B BᵀQ and K = B BᵀK, so only H = (Ŝ − Ŝᵀ) B (N, r) and L = BᵀH are needed.  In
     Ŝ = ∫₀¹ e^{(1−t)Sᵀ} dO Vᵀ e^{tSᵀ} dt one exponential is I outside the span of B; that leaves φ₁:
@@ -201,7 +201,7 @@ def rotation_angles(Q, K, alpha):
 
 
 def calibrate_alpha(Q, K, target):
-    """α (h, 1, 1): the largest ‖S‖₂ of Q, K (batch, h, N, d_v) is `target`; ours."""
+    """α (h, 1, 1): the largest ‖S‖₂ of Q, K (batch, h, N, d_v) is `target`, or α is if S = 0."""
     eps, norm = float(np.finfo(Q.dtype).eps), rotation_angles(Q, K, 1.0)[..., 0].max(axis=0)  # (h,)
     noise = 8 * Q.shape[-2] * eps * abs(Q).max(axis=(0, 2, 3)) * abs(K).max(axis=(0, 2, 3))
     norm = array_module(Q).where(norm > noise, norm, 1)  # ‖S‖₂ at α = 1
@@ -214,23 +214,23 @@ def jacobian_bound(X, W_QK, W_V, alpha):
     W_QK (h, d, 2 d_v) with orthonormal columns, W_V (d, d), W_O orthogonal, alpha (h, 1, 1); NumPy.
     With P_i = X W_QK^i, V_i = X W_V^i and [·] for the heads side by side,
         ε = ‖[s_i W_QK^i J P_iᵀ V_i]‖₂ + ‖[s_i ‖P_i‖₂ V_i]‖₂ + (Σ_i (s_i ‖P_i‖₂ ‖S_i‖₂ ‖V_i‖₂)²)^½.
-    Proof.  The Jacobian is Γ + Δ.  Γ(dX) = [e^{S_i} dX W_V^i] W_O keeps the norm.  With
-    M_i = W_QK^i J W_QK^iᵀ, dS_i = s_i (dX M_i Xᵀ + X M_i dXᵀ), so that
-        Δ(dX) = [∫₀¹ e^{uS_i} s_i (dX M_i Xᵀ + X M_i dXᵀ) e^{(1−u)S_i} V_i du] W_O.
+    Proof.  The Jacobian is Γ + Δ.  Γ(δX) = [e^{S_i} δX W_V^i] W_O keeps the norm.  With
+    J_i = W_QK^i J W_QK^iᵀ, δS_i = s_i (δX J_i Xᵀ + X J_i δXᵀ), so that
+        Δ(δX) = [∫₀¹ e^{uS_i} s_i (δX J_i Xᵀ + X J_i δXᵀ) e^{(1−u)S_i} V_i du] W_O.
     Were e^{(1−u)S_i} = I, its two terms would have at most the first two norms of ε, as
-    M_i Xᵀ = W_QK^i J P_iᵀ; ‖e^{vS} − I‖ ≤ v‖S‖ adds the third, half for each: |σ − 1| ≤ ‖Δ‖ ≤ ε.
+    J_i Xᵀ = W_QK^i J P_iᵀ; ‖e^{vS} − I‖ ≤ v‖S‖ adds the third, half for each: |σ − 1| ≤ ‖Δ‖ ≤ ε.
     """
-    (h, d, r), s = W_QK.shape, abs(alpha) / math.sqrt(W_QK.shape[-1] // 2)  # s (h, 1, 1)
-    P, V = X @ W_QK, X @ W_V.reshape(d, h, r // 2).transpose(1, 0, 2)  # (h, N, ·)
-    J = np.kron([[0, 1], [-1, 0]], np.eye(r // 2))
+    h, d, d_v = *W_QK.shape[:2], W_QK.shape[2] // 2
+    s, J = abs(alpha) / math.sqrt(d_v), np.kron([[0, 1], [-1, 0]], np.eye(d_v))
+    P, V = X @ W_QK, X @ W_V.reshape(d, h, d_v).transpose(1, 0, 2)  # (h, N, ·)
     norm_P, norm_V = (np.linalg.norm(M, 2, axis=(1, 2), keepdims=True) for M in (P, V))
-    norm_S = rotation_angles(P[..., : r // 2], P[..., r // 2 :], alpha)[:, :1, None]
+    norm_S = rotation_angles(P[..., :d_v], P[..., d_v:], alpha)[:, :1, None]
     first, second, third = s * W_QK @ J @ T(P) @ V, s * norm_P * V, s * norm_P * norm_S * norm_V
     return sum(np.linalg.norm(np.hstack(M), 2) for M in (first, second, third))
 
 
 def tailored_slope(depth, eta=None):
-    """Slope a with which `depth` leaky ReLUs take correlation 0 to eta; None: to 0.65, or to less.
+    """Slope a with which `depth` leaky ReLUs take correlation 0 to eta; None: 0.65, or less; ours.
 
     For unit-variance pairs of correlation c, √(2/(1+a²)) LReLU_a gives the correlation
         C_a(c) = c + (1−a)²/(π(1+a²)) (√(1−c²) − c arccos c)      (TAT, arXiv 2203.08120).
@@ -282,8 +282,8 @@ class MultiHeadOSA:
 
 
 class MLP:
-    """φ(X W_1 + b_1) W_2 + b_2, W_1 (d, ratio d) and W_2 semi-orthogonal, a tailored leaky ReLU φ,
-    which takes in the gain √ratio that restores the variance of X W_1, as φ(cx) = c φ(x).
+    """ψ(X W_1 + b_1) W_2 + b_2, W_1 (d, ratio d) and W_2 semi-orthogonal, a tailored leaky ReLU ψ,
+    which takes in the gain √ratio that restores the variance of X W_1, as ψ(tx) = t ψ(x); ours.
     """
 
     def __init__(self, d, ratio, slope, rng, xp=np, dtype=np.float32):
@@ -310,9 +310,9 @@ def patchify(images, patch):
 
 
 def position_embedding(rows, columns, d, dtype=np.float32):
-    """b_E (N, d): columns cos(πk (y + ½)/rows) cos(πl (x + ½)/columns), low (k, l) first; ours.
+    """b_E (N, d): columns cos(πk (y + ½)/rows) cos(πl (x + ½)/columns), low (k, l) ≠ 0 first; ours.
 
-    Orthogonal, of mean square ¼: σ₁ of X stays near its other singular values, and ε/‖S‖₂ small.
+    Orthogonal, then zeros; of mean square ¼, so that ε/‖S‖₂ stays small for any N (notebook 06).
     """
     y, x = np.divmod(np.arange(rows * columns), columns)  # of a patch, and (k, l) of a column
     order = np.argsort((y / rows) ** 2 + (x / columns) ** 2, kind="stable")[1 : d + 1]
