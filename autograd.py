@@ -18,11 +18,13 @@ import numpy as np
 
 # ------------------------------------------------------------------------------------------ arrays
 
+NUMBERS = bool, int, float, np.bool_, np.integer, np.floating
+
 
 def array_module(*arrays):
     """The module (`numpy` or `cupy`) that the arrays, or the tensors' arrays, belong to.
 
-    Python's numbers are ignored; with no array at all the answer is `numpy`.
+    Numbers, Python's or NumPy's, are ignored; with no array at all the answer is `numpy`.
     Raises TypeError for something that is not an array, and for arrays of two modules.
     """
     found = None
@@ -37,14 +39,14 @@ def array_module(*arrays):
 
 @functools.cache
 def _module_of(kind):
-    """The array module that a class belongs to; None for Python's numbers."""
-    if issubclass(kind, (bool, int, float)):
+    """The array module that a class belongs to; None for numbers."""
+    if issubclass(kind, NUMBERS):
         return None
+    if issubclass(kind, np.ndarray) and kind not in (np.ndarray, np.memmap):  # another `*` or `sum`
+        raise TypeError(f"expected a plain array, got {kind.__name__}; np.asarray makes one")
     module = sys.modules[kind.__module__.partition(".")[0]]
     if not (hasattr(kind, "dtype") and hasattr(kind, "shape") and hasattr(module, "ndarray")):
         raise TypeError(f"expected a NumPy or CuPy array, got {kind.__name__}")
-    if issubclass(kind, (np.matrix, np.ma.MaskedArray)):  # `*` and `sum` mean other things there
-        raise TypeError(f"expected a plain array, got {kind.__name__}; np.asarray makes one")
     return module
 
 
@@ -54,8 +56,7 @@ def to_cpu(a):
 
 
 def product(A, B):
-    """A @ B for arrays; every matrix product of tensors comes by here, where `fast` puts a function
-    that spares CuPy's copies."""
+    """A @ B of arrays, for all tensors; `fast` puts a function here that spares CuPy's copies."""
     return A @ B
 
 
@@ -70,9 +71,10 @@ def no_grad():
 
     RuntimeError in a generator: whoever asked it for a value would be inside as well.
     """
-    frame = sys._getframe(2)  # that of the `with`; one of another context is none the worse
-    outside = frame.f_back and frame.f_back.f_code.co_filename
-    if frame.f_code.co_flags & inspect.CO_GENERATOR and outside != contextlib.__file__:
+    frame, names = sys._getframe(), {"__enter__", "__aenter__", "enter_context"}
+    while frame.f_back and names & {frame.f_code.co_name, frame.f_back.f_code.co_name}:
+        frame = frame.f_back  # out of this and of other contexts, to the `with`
+    if frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
         raise RuntimeError("no_grad() in a generator would hold outside of it between two values")
     token = _recording.set(False)
     try:
@@ -127,15 +129,13 @@ class Tensor:
         if not self.requires_grad:
             raise RuntimeError("backward() on a tensor that requires no gradient")
         xp = array_module(self.data)
-        if grad is None or isinstance(grad, (int, float)):
+        if grad is None or isinstance(grad, NUMBERS):
             if self.size != 1:
                 raise ValueError(f"backward() needs a gradient for a tensor of shape {self.shape}")
             grad = xp.full_like(self.data, 1 if grad is None else grad)
-        if isinstance(grad, Tensor):
-            raise TypeError("grad must be an array, not a Tensor")
         array_module(self.data, grad)  # TypeError for what is no array
-        if grad.shape != self.shape or grad.dtype != self.dtype:
-            got = f"{grad.dtype} {grad.shape}"
+        if (type(grad) is Tensor, grad.shape, grad.dtype) != (False, self.shape, self.dtype):
+            got = f"{type(grad).__name__} {grad.dtype} {grad.shape}"
             raise ValueError(f"grad must be {self.dtype} {self.shape} as the tensor, got {got}")
         grads = {id(self): grad}
         for node in reversed(topological_order(self)):
@@ -148,21 +148,20 @@ class Tensor:
                 continue
             if node._backward is _USED:
                 raise RuntimeError("this graph was freed by an earlier backward(); build it again")
-            parents, parent_grads = node._parents, list(node._backward(g))
-            name = node._backward.__qualname__.partition(".")[0]
-            if len(parent_grads) != len(parents):
-                what = f"{len(parent_grads)} gradients for {len(parents)} arguments"
-                raise ValueError(f"the backward pass of {name} gave {what}")
-            for parent, gp in zip(parents, parent_grads):
+            parents, got = node._parents, node._backward(frozen(g))
+            got = got if isinstance(got, (list, tuple)) else [got]
+            gave = f"the backward pass of {node._backward.__qualname__.partition('.')[0]} gave"
+            if len(got) != len(parents):
+                raise ValueError(f"{gave} {len(got)} gradients for {len(parents)} arguments")
+            for parent, gp in zip(parents, got):
                 if not parent.requires_grad:
                     continue
                 if getattr(gp, "shape", None) != parent.shape or gp.dtype.kind != "f":
-                    what = f"{getattr(gp, 'shape', gp)} for an argument {parent.shape}"
-                    raise ValueError(f"the backward pass of {name} gave a gradient {what}")
-                # Sum into a new array, never in place: `add` hands the same array to both
-                # parents, and an in-place sum would change the other one's gradient.
-                k = id(parent)
-                grads[k] = grads[k] + gp if k in grads else gp
+                    what = f"{gp.dtype} {gp.shape}" if hasattr(gp, "dtype") else gp
+                    raise ValueError(f"{gave} a gradient {what} for an argument {parent.shape}")
+                array_module(parent, gp)  # TypeError for what is no plain array
+                # Never in place: `add` hands the same array to both parents.
+                grads[id(parent)] = grads[id(parent)] + gp if id(parent) in grads else gp
             node._parents, node._backward = (), _USED  # free what the operation saved
 
 
@@ -212,42 +211,52 @@ def record(data, parents, backward):
     out = Tensor(data)
     if _recording.get() and any(p.requires_grad for p in parents):
         out.requires_grad, out._parents, out._backward = True, tuple(parents), backward
+        out.data = frozen(out.data)
     return out
+
+
+def frozen(a):
+    """A view of a NumPy array that cannot be written, as the backward pass will read it again."""
+    if isinstance(a, np.ndarray):
+        a = a.view(np.ndarray)
+        a.flags.writeable = False
+    return a
 
 
 def operator(forward, backward):
     """Turns a pair of plain-array functions into an operation on tensors.
 
     forward(*arrays) -> (output, saved);  backward(grad, saved) -> one gradient per argument.
-    This is the door for operators with a manual backward pass.
     """
 
     def apply(*args):
-        parents = _tensors(*args)
-        out, saved = forward(*_values(*parents))
+        parents, name = _tensors(*args), getattr(forward, "__name__", "an operator")
+        result = forward(*_values(*parents))
+        if not isinstance(result, (list, tuple)) or len(result) != 2:
+            raise TypeError(f"{name} must give back (output, saved), got {type(result).__name__}")
+        out, saved = result
 
         def vjp(g):
             return backward(g, saved)
 
-        vjp.__qualname__ = forward.__name__  # for messages
+        vjp.__qualname__ = name
         return record(out, parents, vjp)
 
     return apply
 
 
 def _tensors(*args):
-    """Tensors of one module; numbers, Python's or NumPy's, take the dtype of their neighbours."""
-    numbers = bool, int, float, np.generic
-    others = [a for a in args if not isinstance(a, numbers)]
+    """Tensors of one module; numbers, also 0-d arrays, take the dtype of their neighbours."""
+    args = [a[()] if isinstance(a, np.ndarray) and not a.ndim else a for a in args]
+    others = [a for a in args if not isinstance(a, NUMBERS)]
     xp, dtype = array_module(*others), next((a.dtype for a in others if a.dtype.kind == "f"), None)
     # A number is written by the device itself, where `asarray` would be a transfer.
-    tensors = (Tensor(xp.full((), a, dtype)) if isinstance(a, numbers) else a for a in args)
+    tensors = (Tensor(xp.full((), a, dtype)) if isinstance(a, NUMBERS) else a for a in args)
     return [a if isinstance(a, Tensor) else Tensor(a) for a in tensors]
 
 
 def _values(*tensors):
-    """The arrays that an operation keeps for its backward pass; those of leaves are copies, since
-    an optimiser may have changed them by then."""
+    """The arrays that an operation keeps; copies of leaves, as an optimiser may change those."""
     if not _recording.get() or not any(t.requires_grad for t in tensors):
         return [t.data for t in tensors]
     return [t.data if t._parents else array_module(t).array(t.data) for t in tensors]
@@ -292,7 +301,7 @@ def divide(a, b):
 
 def power(a, exponent):
     """a ** exponent for a constant number."""
-    if not isinstance(exponent, (int, float, np.number)):
+    if not isinstance(exponent, NUMBERS):
         raise TypeError(f"exponent must be a number, got {type(exponent).__name__}")
     (a,) = _tensors(a)
     (A,), n = _values(a), exponent if isinstance(exponent, int) else float(exponent)
@@ -316,17 +325,15 @@ def log(a):
 
 def sqrt(a):
     """The square root elementwise."""
-    (a,) = _tensors(a)
-    out = array_module(a).sqrt(a.data)
-    return _elementwise(out, (a,), lambda g: g * (0.5 / out))
+    return power(a, 0.5)
 
 
-def maximum(a, constant):
-    """max(a, constant) elementwise for a number; gradient 0 where the constant wins."""
-    (a,) = _tensors(a)
-    (A,) = _values(a)
-    out = array_module(A).maximum(A, float(constant))
-    return _elementwise(out, (a,), lambda g: g * (A > constant))
+def maximum(a, b):
+    """max(a, b) elementwise, with broadcasting; where they are equal the gradient is that of b."""
+    a, b = _tensors(a, b)
+    A, B = _values(a, b)
+    out = array_module(A).maximum(A, B)
+    return _elementwise(out, (a, b), lambda g: g * (A > B), lambda g: g * (A <= B))
 
 
 def leaky_relu(a, slope, gain=1.0):
@@ -378,14 +385,14 @@ def mean(a, axis=None, keepdims=False):
 def reshape(a, shape):
     """The same entries in another shape."""
     (a,) = _tensors(a)
-    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (list, tuple)) else shape
     return record(_values(a)[0].reshape(shape), (a,), lambda g: [g.reshape(a.shape)])
 
 
 def transpose(a, axes=()):
     """The axes in another order; reversed when none is given."""
     (a,) = _tensors(a)
-    axes = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple) else axes
+    axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (list, tuple)) else axes
     axes = tuple(axes) or tuple(reversed(range(a.ndim)))
     out = _values(a)[0].transpose(axes)
     inverse = sorted(range(a.ndim), key=lambda i: axes[i] % a.ndim)
@@ -396,9 +403,8 @@ def getitem(a, index):
     """a[index] for ints, slices, `...` and None (not for integer arrays)."""
     (a,) = _tensors(a)
     for i in index if isinstance(index, tuple) else (index,):
-        if not (i is None or i is Ellipsis or isinstance(i, (int, slice))):
-            got = type(i).__name__
-            raise TypeError(f"index must be made of ints, slices, ... and None, got {got}")
+        if not (i is None or i is Ellipsis or isinstance(i, (int, np.integer, slice))):
+            raise TypeError(f"index must be ints, slices, ... and None, got {type(i).__name__}")
 
     def backward(g):
         full = array_module(g).zeros(a.shape, g.dtype)
@@ -429,12 +435,8 @@ def matmul(a, b):
         rows = reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
         return reshape(matmul(rows, b), (*a.shape[:-1], b.shape[-1]))
     A, B = _values(a, b)
-    return _elementwise(
-        product(A, B),
-        (a, b),
-        lambda g: product(g, B.swapaxes(-1, -2)),
-        lambda g: product(A.swapaxes(-1, -2), g),
-    )
+    At, Bt = A.swapaxes(-1, -2), B.swapaxes(-1, -2)
+    return _elementwise(product(A, B), (a, b), lambda g: product(g, Bt), lambda g: product(At, g))
 
 
 def linear(X, W, b):
@@ -472,17 +474,16 @@ def cross_entropy(logits, labels):
     (logits,) = _tensors(logits)
     xp = array_module(logits, labels)
     form = None if isinstance(labels, (Tensor, int, float)) else (labels.ndim, labels.dtype.kind)
-    if form not in ((1, "i"), (1, "u")) or logits.ndim != 2 or len(labels) != len(logits.data):
+    fits = form in ((1, "i"), (1, "u")) and logits.ndim == 2 and logits.size
+    if not fits or len(labels) != len(logits.data):
         got = f"{logits.shape} and {labels!r}"[:200]
         raise ValueError(f"cross_entropy needs (B, C) logits and (B,) integer labels, got {got}")
-    if not logits.size:
-        raise ValueError(f"no cross-entropy of an empty batch, shape {logits.shape}")
     if xp is np and not 0 <= labels.min() <= labels.max() < logits.shape[1]:  # no wait on a GPU
         raise ValueError(f"labels from {labels.min()} to {labels.max()}, classes {logits.shape[1]}")
     onehot = labels[:, None] == xp.arange(logits.shape[1])
     z = logits.data - logits.data.max(axis=-1, keepdims=True)
     log_p = z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
-    loss = -xp.where(onehot, log_p, 0).sum() / len(labels)  # not a product: −∞ · 0 is NaN
+    loss = total(xp.where(onehot, -log_p, 0).sum(axis=1), mean=True)  # no product: −∞ · 0 is NaN
     return record(loss, (logits,), lambda g: [(xp.exp(log_p) - onehot) * (g / len(labels))])
 
 
@@ -493,8 +494,7 @@ Tensor.__mul__, Tensor.__rmul__ = multiply, lambda b, a: multiply(a, b)
 Tensor.__truediv__, Tensor.__rtruediv__ = divide, lambda b, a: divide(a, b)
 Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda b, a: matmul(a, b)
 Tensor.__neg__ = lambda a: multiply(a, -1.0)
-Tensor.__pow__, Tensor.__getitem__ = power, getitem
-Tensor.sum, Tensor.mean = sum, mean
+Tensor.__pow__, Tensor.__getitem__, Tensor.sum, Tensor.mean = power, getitem, sum, mean
 Tensor.reshape = lambda a, *shape: reshape(a, shape)
 Tensor.transpose = lambda a, *axes: transpose(a, axes)
 
@@ -519,7 +519,7 @@ def gradient_check(f, *arrays, rng=None, directions=3):
     worst, h = 0.0, np.finfo(np.float64).eps ** (1 / 3)
     for _ in range(directions):
         inputs = [Tensor(xp.array(a), requires_grad=True) for a in arrays]
-        out = f(*inputs)
+        (out,) = _tensors(f(*inputs))  # which says what is wrong with another thing
         G, *tangents = (xp.asarray(rng.standard_normal(a.shape)) for a in (out, *arrays))
         out.backward(G)
         for which in [range(len(arrays)), *([i] for i in range(len(arrays)))]:

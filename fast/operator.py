@@ -99,8 +99,10 @@ class MultiHeadOSA(osa_minimal.MultiHeadOSA):
 
 
 def _osa_packed(F, alpha):
+    if F.shape[-1] % 3 or not F.size:
+        raise ValueError(f"F = [Q, K, V] must be (..., N, 3 d_v), not empty, got {F.shape}")
     d_v = F.shape[-1] // 3
-    O, saved = forward_packed(F, alpha / math.sqrt(d_v), d_v)
+    O, saved = forward_packed(F, array_module(F).atleast_2d(alpha) / math.sqrt(d_v), d_v)
     return O, (alpha.shape, d_v, saved)
 
 
@@ -128,7 +130,8 @@ def forward_packed(F, s, d_v, route="auto"):
 
     def forward_part(part):
         s_part = s[part] if s.ndim == F.ndim and len(s) > 1 else s
-        O[part], backward = _forward(F[part], s_part, d_v, route)
+        with _overflow_or_nan(F[part], s):
+            O[part], backward = _forward(F[part], s_part, d_v, route)
         return backward
 
     parts = batch_parts(F)
@@ -142,7 +145,12 @@ def backward_packed(dO, saved):
     if xp is not np:
         dO = xp.ascontiguousarray(dO)
     dF, ds = xp.empty_like(F), xp.empty((*F.shape[:-2], 1, 1), F.dtype)
-    parallel(lambda part, backward: backward(dO[part], dF[part], ds[part]), parts, backwards)
+
+    def backward_part(part, backward):
+        with _overflow_or_nan(F[part], dO[part]):
+            backward(dO[part], dF[part], ds[part])
+
+    parallel(backward_part, parts, backwards)
     return dF, ds
 
 
@@ -366,8 +374,19 @@ def _refuse_overflow(names, *arrays):
         raise FloatingPointError(f"a product of {names} overflows {arrays[0].dtype}")
 
 
+@contextlib.contextmanager
+def _overflow_or_nan(*inputs):
+    """What is said to overflow in this context may have been NaN or Inf from the start."""
+    try:
+        yield
+    except FloatingPointError:
+        if all(np.isfinite(a).all() for a in inputs):
+            raise
+        raise FloatingPointError("Q, K, V, alpha or the gradient holds NaN or Inf") from None
+
+
 def _check_float(name, a, min_ndim=0):
-    if not hasattr(a, "dtype") or not hasattr(a, "shape"):
+    if isinstance(a, ag.Tensor) or not hasattr(a, "dtype") or not hasattr(a, "shape"):
         raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(a).__name__}")
     if a.dtype not in (np.float32, np.float64):
         raise TypeError(f"{name} must be float32 or float64, got {a.dtype}")
@@ -402,7 +421,7 @@ def _checked(Q, K, V, alpha):
         _check_finite(name, a)
     if K.shape != Q.shape:
         raise ValueError(f"Q and K must have one shape, got {Q.shape} and {K.shape}")
-    if not isinstance(alpha, (int, float)):
+    if not isinstance(alpha, ag.NUMBERS):
         _check_float("alpha", alpha)
     xp = array_module(Q, K, V, alpha)
     alpha = xp.asarray(alpha, dtype=Q.dtype)
