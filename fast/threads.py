@@ -16,12 +16,26 @@ from autograd import array_module
 
 
 def cores():
-    """The number of cores that are ours: those we are bound to, within the quota of a container."""
+    """The number of cores that are ours: those we are bound to, within our groups' quotas."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):  # no control group, or "max", no quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        bound = min(bound, math.ceil(int(quota) / int(period)))
-    return max(1, bound or 1)
+    return max(1, min(bound or 1, quota()))
+
+
+@functools.cache
+def quota(root=Path("/")):
+    """The cores that the control groups of this process, Linux's version 2 or 1, leave to it."""
+    least = math.inf
+    with contextlib.suppress(OSError):  # not Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            group = root / "sys/fs/cgroup" / kinds / path[1:]
+            for folder in (group, *group.parents) if "cpu" in (kinds or "cpu").split(",") else ():
+                for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+                    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                        text = " ".join((folder / name).read_text() for name in names)
+                        time, period = map(int, text.split())
+                        least = min(least, math.ceil(time / period) if time > 0 else math.inf)
+    return least
 
 
 def thread_count():
@@ -75,12 +89,19 @@ def batch_parts(a, target=2**19):
     return [slice(i, i + size) for i in range(0, a.shape[0], size)]
 
 
-def parallel(f, *iterables):
-    """[f(*arguments) for arguments in zip(*iterables)], on several threads.
+def parallel(f, *iterables, threads=None):
+    """[f(*arguments) for arguments in zip(*iterables)], on `threads` threads or `thread_count()`.
 
     Within one of them it stays on that one: waiting for others of a full pool would never end.
     """
-    threads = thread_count()
-    if len(iterables[0]) == 1 or threads == 1 or hasattr(_working, "here"):
-        return [f(*arguments) for arguments in zip(*iterables)]
-    return list(_pool(threads).map(f, *iterables))
+    threads, jobs = threads or thread_count(), list(zip(*iterables))
+    if len(jobs) == 1 or threads == 1 or hasattr(_working, "here"):
+        return [f(*arguments) for arguments in jobs]
+    pool = _pool(threads)
+    try:
+        futures = [pool.submit(f, *arguments) for arguments in jobs]
+    except RuntimeError:  # Python is ending, or the system gives no more threads
+        pool.shutdown(cancel_futures=True)
+        _pool.cache_clear()
+        return [f(*arguments) for arguments in jobs]
+    return [future.result() for future in futures]
