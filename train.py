@@ -8,15 +8,17 @@
     python train.py --eval runs/NAME         test accuracy of a trained model
     mpiexec -n 4 python train.py             the main job in four processes, or on four cards
 
-Every run writes a folder with config.json, metrics.csv, summary.json, curves.png and its
-checkpoint.
+Every run writes a folder: config.json, metrics.csv, summary.json, curves.png, its checkpoint.
 """
 
 import dataclasses
 import functools
 import os
+import sys
 import zlib
 
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from training.options import UserError, before_numpy, option, parse, run_command
 
 if __name__ == "__main__":
@@ -43,9 +45,7 @@ class Config:
 
     preset: str = option("mnist", "mnist, tiny or pixels", choices=("mnist", "tiny", "pixels"))
     attention: str = option("osa", "what mixes tokens", choices=MIXERS)
-    operator: str = option(
-        "fast", "for osa: that of fast/, or of osa_minimal.py", choices=("fast", "paper")
-    )
+    operator: str = option("fast", "osa by fast/ or osa_minimal.py", choices=("fast", "paper"))
     skip: bool = option(False, "skip connections")
     norm: bool = option(False, "layer normalisation")
     depth: int = option(4, "layers", least=1, most=1000)
