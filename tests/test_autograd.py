@@ -1,5 +1,6 @@
 """The arrays, the graph, every operation with its VJP, and the gradient check itself."""
 
+import contextlib
 import gc
 import math
 import sys
@@ -58,6 +59,7 @@ OPERATIONS = {
     "sqrt": (ag.sqrt, positive, [(3, 4)]),
     "maximum": (lambda a: ag.maximum(a, 0.0), off_kink, [(5, 4)]),
     "maximum of a constant": (lambda a: ag.maximum(a + 0.3, 0.3), off_kink, [(5, 4)]),
+    "maximum of two": (ag.maximum, normal, [(5, 4), (4,)]),
     "leaky_relu": (lambda a: ag.leaky_relu(a, 0.2, 1.3), off_kink, [(5, 4)]),
     "leaky_relu, slope 0": (lambda a: ag.leaky_relu(a, 0.0), off_kink, [(5, 4)]),
     "leaky_relu, slope 1": (lambda a: ag.leaky_relu(a, 1.0), off_kink, [(5, 4)]),
@@ -154,6 +156,7 @@ SCALARS = {
         "x + 1", "1.5 + x", "x - 1", "1 - x", "x * 2.5", "2.5 * x", "x / 3", "3 / x", "x ** 2",
         "x ** 0.5", "x * True", "x * math.sqrt(2)", "ag.maximum(x, 1)", "x.sum() / 7 + 1.0",
         "np.float64(2.5) * x", "x - np.float64(1)", "np.int64(3) / x", "x ** np.float64(1.5)",
+        "np.array(2.5) * x", "x / np.array(3.0)", "ag.maximum(np.array(1.0), x)",
         "ag.maximum(x, np.float64(1))", "ag.leaky_relu(x, np.float64(0.2), np.float64(2))",
     )
 }  # fmt: skip
@@ -309,6 +312,8 @@ MISLED = {  # what is said: a backward pass that is wrong
     r"\(3,\) for an argument \(2, 3\)": lambda g, _: [g[0]],
     "None for an argument": lambda g, _: [None],
     "2 gradients for 1 arguments": lambda g, _: [g, g],
+    "gradient None for an": lambda g, _: print("no return"),
+    "gradient int64 ": lambda g, _: [g.astype(int)],
 }
 
 
@@ -320,11 +325,25 @@ def test_a_wrong_number_or_shape_of_gradients_is_refused_by_the_operators_name(w
     x = Tensor(np.ones((2, 3)), requires_grad=True)
     with pytest.raises(ValueError, match=f"misled gave.*{what}"):
         ag.operator(misled, MISLED[what])(x).backward(np.ones((2, 3)))
+    with pytest.raises(TypeError, match=r"negative must give back .output, saved., got ndarray"):
+        ag.operator(np.negative, MISLED[what])(x)  # whose two rows are no pair
+
+
+def test_what_backward_passes_read_cannot_be_written():
+    x = Tensor(np.ones(3), requires_grad=True)
+    h = x * 2
+    y = ag.exp(h)
+    doubled = ag.operator(lambda a: (a * 1, None), lambda g, _: np.multiply(g, 2, out=g))(x)
+    written = [lambda a=a: np.negative(a, out=a) for a in (h.data, y.data)]
+    for write in (*written, (doubled + x).sum().backward):
+        with pytest.raises(ValueError, match="read-only"):
+            write()
 
 
 def test_a_number_is_gradient_enough_for_one_entry_and_a_constant_gets_none(xp):
     x, c = (Tensor(xp.asarray(np.arange(3.0)), requires_grad=r) for r in (True, False))
-    (x * c).sum().backward(0.5)
+    for number in (0.25, np.float16(0.25)):
+        (x * c).sum().backward(number)
     assert x.grad.tolist() == [0, 0.5, 1] and c.grad is None
 
 
@@ -351,14 +370,29 @@ def test_no_grad_holds_for_its_own_thread_only():
     assert seen == [True]
 
 
-def test_no_grad_in_a_generator_is_refused_as_it_would_hold_outside():
+@contextlib.contextmanager
+def no_grad_within():
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(ag.no_grad())
+
+
+@pytest.mark.parametrize("context", [ag.no_grad, no_grad_within])
+def test_no_grad_in_a_generator_is_refused_as_it_would_hold_outside(context):
     def values():
-        with ag.no_grad():
+        with context():
             yield 1
 
-    with pytest.raises(RuntimeError, match="generator"):
-        next(values())
-    assert (Tensor(np.ones(3), requires_grad=True) * 2).requires_grad
+    async def async_values():
+        with context():
+            yield 1
+
+    for start in (lambda: next(values()), lambda: async_values().asend(None).send(None)):
+        with pytest.raises(RuntimeError, match="generator"):
+            start()
+    x = Tensor(np.ones(3), requires_grad=True)
+    assert (x * 2).requires_grad
+    with context():
+        assert not (x * 2).requires_grad
 
 
 def test_tensor_refuses_what_has_no_gradient():
@@ -366,11 +400,13 @@ def test_tensor_refuses_what_has_no_gradient():
         Tensor(np.arange(3), requires_grad=True)
     with pytest.raises(TypeError, match="cannot wrap"):
         Tensor(Tensor(np.ones(3)))
-    for thing in (np.ma.ones(3), np.array([None]), np.array(["x"])):
+    a = np.ones((3, 3))
+    for thing in (np.ma.ones(3), a.view(np.matrix), a.view(np.recarray), [None], ["x"]):
         with pytest.raises(TypeError, match="array"):
             Tensor(thing)
     with pytest.raises(TypeError, match="take its .data"):
         np.asarray(Tensor(np.ones(3)))
+    assert Tensor(a.view(np.memmap)).shape == (3, 3)
     assert Tensor([1.0, 2.0]).dtype == np.float64 and Tensor([1.0, 2.0]).shape == (2,)
 
 

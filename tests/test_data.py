@@ -131,6 +131,8 @@ def test_whole_labels_of_any_dtype_are_read(tmp_path, dtype):
     arrays = small(labels=2)
     wide = {k: a.astype(dtype) if k[0] == "y" else a for k, a in arrays.items()}
     assert_holds(data.load(write_npz(tmp_path / "own.npz", wide)), arrays)
+    column = {k: a[:, None] if k[0] == "y" else a for k, a in wide.items()}  # as Keras has CIFAR-10
+    assert_holds(data.load(write_npz(tmp_path / "own.npz", column)), arrays)
 
 
 def test_npz_of_python_2_is_read_without_a_warning(tmp_path):

@@ -277,6 +277,20 @@ def test_Q_and_K_of_different_width_are_refused_by_name():
         fast.osa_forward(**replace("K", lambda a: a[..., :1]))
 
 
+@pytest.mark.parametrize("N", [5, 40])
+def test_a_packed_layer_takes_numbers_and_names_nan_and_odd_widths(N, rng):
+    F = rng.standard_normal((2, 3, N, 12)) / 4
+    O = fast.osa_forward(F[..., :4], F[..., 4:8], F[..., 8:], 0.5)[0]
+    close(fast.operator.osa_packed(F, 0.5).data, O, 100 * np.finfo(float).eps)
+    with pytest.raises(ValueError, match=r"must be \(..., N, 3 d_v\), not empty, got .* 11\)"):
+        fast.operator.osa_packed(F[..., 1:], 0.5)
+    F[0, 0, 0, 0] = np.nan
+    with pytest.raises(FloatingPointError, match="holds NaN or Inf"):
+        fast.operator.osa_packed(F, 0.5)
+    with pytest.raises(TypeError, match="K must be a NumPy or CuPy array, got Tensor"):
+        fast.osa_forward(O, ag.Tensor(O), O, np.int64(1))
+
+
 BAD_ALPHAS = {
     "NaN": math.nan,
     "Inf": math.inf,

@@ -1,16 +1,23 @@
-"""What ends a run before its time: kills, signals, full disks, a second run, a clock set back."""
+"""What ends a run before its time: kills, signals, full disks, a second run, a clock set back; and
+what surrounds it: forks, quotas, other programs' variables and modules."""
 
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
+import types
+import zipfile
 
 import kill_training
 import numpy as np
 import pytest
-from test_train import NAME, ROOT, json_of, refuse, rows_of, start, succeed, weights
+from test_train import NAME, ROOT, json_of, prepare, refuse, rows_of, shell, start, succeed, weights
 
-from training import checkpoint
+import fast
+from fast.threads import parallel, quota
+from training import checkpoint, data, report, resume
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no POSIX signals")
 SMALL = """--preset tiny --width 16 --patch 7 --batch-size 50 --limit-data 150 --epochs 3 --warmup 2
@@ -104,3 +111,98 @@ def test_a_clock_that_is_set_back_is_harmless(tmp_path, monkeypatch):
     assert weights(folder) == before and len(list((tmp_path / "runs").iterdir())) == 2
     succeed("--resume", folder, "--max-steps", 4, "--device", "cpu")
     assert np.all(np.diff([float(row["seconds"]) for row in rows_of(folder)]) >= 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Python 3.12, for a fork with threads
+def test_threads_hang_neither_in_a_forked_child_nor_within_each_other(monkeypatch):
+    monkeypatch.setenv("OSA_THREADS", "2")
+    Q, run = np.ones((64, 2, 300, 16), np.float32), prepare([*SMALL, "--threads", "2"])
+
+    def work():
+        parallel(lambda a: fast.osa_forward(Q, Q, Q, a), [0.1, 0.2, 0.3])
+        run.step(0)
+
+    work()
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    child.kill()
+    assert child.exitcode == 0
+
+
+def test_where_python_is_ending_the_work_is_done_without_threads():
+    code = "import atexit; from fast.threads import parallel; parallel(abs, [1, 2]); "
+    code += "atexit.register(lambda: print(parallel(abs, [-1, -2])))"
+    command, environ = [sys.executable, "-c", code], os.environ | {"OSA_THREADS": "2"}
+    assert subprocess.check_output(command, text=True, env=environ, cwd=ROOT) == "[1, 2]\n"
+
+
+@pytest.mark.parametrize("groups, limits", [
+    ("0::/a/b", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}),
+    ("4:pids:/x\n1:cpu:/a", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}),
+], ids=["version 2", "version 1"])  # fmt: skip
+def test_the_quota_of_every_control_group_around_us_counts(groups, limits, tmp_path):
+    files = {f"sys/fs/cgroup/{k}": text for k, text in limits.items()}
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert quota(tmp_path) == 3 and quota(tmp_path / "elsewhere") == np.inf
+
+
+def test_the_program_is_found_whatever_python_leaves_out_of_its_path(tmp_path):
+    assert shell("--help", python=["-I"], cwd=tmp_path).code == 0
+    result = shell("--help", python=["-I", "-S"], cwd=tmp_path)
+    assert result.code == 2 and result.err.count("\n") == 1 and "not installed: " in result.err
+
+
+def test_a_matplotlib_that_is_broken_ends_nothing(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise AttributeError('of another NumPy')")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path), "MPLBACKEND": "unknown"}
+    result = shell(*SMALL, "--max-steps", 1, "--out", tmp_path / "run", env=environ)
+    assert result.code == 0 and "curves.png will not be drawn: of another NumPy" in result.err
+    assert json_of(tmp_path / "run" / "summary.json")["steps"] == 1
+
+
+def test_a_reader_who_leaves_costs_no_step(tmp_path):
+    options = ["--batch-size", 1, "--epochs", 1, "--out", "run"]  # one save, after 150 steps
+    with start(*SMALL, *options, cwd=tmp_path) as process:
+        process.stdout.close()
+    step = checkpoint.load(tmp_path / "run" / NAME)[1]["progress"]["step"]
+    assert process.returncode == 141 and step == len(rows_of(tmp_path / "run")) < 150
+
+
+def test_processes_variables_and_modules_of_others_are_no_trap(tmp_path, monkeypatch):
+    commit = report.machine()["commit"]
+    for name, value in {"GIT_DIR": "x", "HOME": tmp_path, "USERPROFILE": tmp_path}.items():
+        monkeypatch.setenv(name, str(value))
+    assert report.machine()["commit"] == commit
+    succeed(*SMALL, "--max-steps", 1, "--out=~/run")
+    assert (tmp_path / "run" / NAME).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile, "lzma", None)
+        assert "Compression requires the (missing) lzma" in refuse(*SMALL)
+        patch.setattr(data, "load", lambda *_: bytearray(2**62))
+        assert "not enough memory" in refuse(*SMALL)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert "srun --mpi=pmi2, or mpiexec" in refuse(*SMALL)
+    alone = types.SimpleNamespace(COMM_WORLD=types.SimpleNamespace(rank=0, size=1))
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=alone))
+    for name, value in {"RANK": "0", "SIZE": "2"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    assert "started 2 processes and mpi4py sees 1" in refuse(*SMALL)
+
+
+def test_the_mean_loss_of_many_steps_has_all_its_digits(tmp_path):
+    progress, n = resume.Progress(), 100_000
+    with report.Log(tmp_path, prepare(SMALL), progress, n) as log:
+        for _ in range(n):
+            log.add(np.float32(0.1), 1)
+    assert abs(progress.sums[0] / n / float(np.float32(0.1)) - 1) < n * np.finfo(float).eps
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_a_half_made_venv_is_removed(tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("gone")
+    subprocess.run(["make", "-f", ROOT / "Makefile", "help"], cwd=tmp_path, capture_output=True)
+    assert not (tmp_path / ".venv").exists()

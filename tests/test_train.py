@@ -216,8 +216,11 @@ def test_progress_lines_name_step_loss_accuracy_and_time_left(bundled):
     assert all(word in lines[-1] for word in ("loss", "train", "validation", "images/s", "left"))
 
 
-def test_a_terminal_gets_a_bar_and_no_lines(small, tmp_path):
+def test_a_terminal_gets_a_bar_of_its_width_and_no_lines(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("LINES", "20")
     out = succeed(*small, "--max-steps", 3, "--out", tmp_path, stream=Terminal)
+    assert max(len(bar) for bar in out.split("\r") if "/9 [" in bar) < 120
     assert "3/9 [" in out and "loss" in out and "validation" in out and "step 3/" not in out
     assert out.endswith(f"files in {tmp_path}: {', '.join(FILES)}\n")
 
