@@ -280,15 +280,16 @@ def test_Q_and_K_of_different_width_are_refused_by_name():
 @pytest.mark.parametrize("N", [5, 40])
 def test_a_packed_layer_takes_numbers_and_names_nan_and_odd_widths(N, rng):
     F = rng.standard_normal((2, 3, N, 12)) / 4
-    O = fast.osa_forward(F[..., :4], F[..., 4:8], F[..., 8:], 0.5)[0]
-    close(fast.operator.osa_packed(F, 0.5).data, O, 100 * np.finfo(float).eps)
+    Q, K, V = np.split(F, 3, axis=-1)
+    O = fast.osa_forward(Q, K, V, np.int64(1))[0]
+    close(fast.operator.osa_packed(F, 1).data, O, 100 * np.finfo(float).eps)
     with pytest.raises(ValueError, match=r"must be \(..., N, 3 d_v\), not empty, got .* 11\)"):
-        fast.operator.osa_packed(F[..., 1:], 0.5)
+        fast.operator.osa_packed(F[..., 1:], 1)
     F[0, 0, 0, 0] = np.nan
     with pytest.raises(FloatingPointError, match="holds NaN or Inf"):
-        fast.operator.osa_packed(F, 0.5)
+        fast.operator.osa_packed(F, 1)
     with pytest.raises(TypeError, match="K must be a NumPy or CuPy array, got Tensor"):
-        fast.osa_forward(O, ag.Tensor(O), O, np.int64(1))
+        fast.osa_forward(O, ag.Tensor(O), O, 1)
 
 
 BAD_ALPHAS = {

@@ -16,6 +16,7 @@ import pytest
 from test_train import NAME, ROOT, json_of, prepare, refuse, rows_of, shell, start, succeed, weights
 
 import fast
+import train
 from fast.threads import parallel, quota
 from training import checkpoint, data, report, resume
 
@@ -116,7 +117,8 @@ def test_a_clock_that_is_set_back_is_harmless(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Python 3.12, for a fork with threads
 def test_threads_hang_neither_in_a_forked_child_nor_within_each_other(monkeypatch):
     monkeypatch.setenv("OSA_THREADS", "2")
-    Q, run = np.ones((64, 2, 300, 16), np.float32), prepare([*SMALL, "--threads", "2"])
+    Q, one = np.ones((64, 2, 300, 16), np.float32), prepare(SMALL)
+    run = train.Run(one.config, one.dataset, threads=2)
 
     def work():
         parallel(lambda a: fast.osa_forward(Q, Q, Q, a), [0.1, 0.2, 0.3])
@@ -180,7 +182,7 @@ def test_processes_variables_and_modules_of_others_are_no_trap(tmp_path, monkeyp
     assert (tmp_path / "run" / NAME).exists()
     with monkeypatch.context() as patch:
         patch.setattr(zipfile, "lzma", None)
-        assert "Compression requires the (missing) lzma" in refuse(*SMALL)
+        assert "mnist.npz: Compression requires the (missing) lzma" in refuse(*SMALL)
         patch.setattr(data, "load", lambda *_: bytearray(2**62))
         assert "not enough memory" in refuse(*SMALL)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
