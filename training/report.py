@@ -25,6 +25,7 @@ from training.checkpoint import reading, replacing
 from training.data import standardise
 from training.optimizers import schedule
 
+tqdm.monitor_interval = 0  # no thread that Ctrl-C could meet while Python ends
 ROOT = Path(__file__).resolve().parent.parent
 
 
