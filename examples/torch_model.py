@@ -40,7 +40,7 @@ class SkiplessTransformer(nn.Module):
         super().__init__()
         with safe_open(path, "pt") as file:
             about, weights = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-        if (about["attention"], about["skip"], about["norm"]) != ("osa", "False", "False"):
+        if [about.get(k) for k in ("attention", "skip", "norm")] != ["osa", "False", "False"]:
             raise ValueError(f"{path} is no skipless OSA model")
         self.patch = int(about["patch"])
         self.slope, self.mean, self.std = (float(about[k]) for k in ("slope", "mean", "std"))
@@ -53,6 +53,8 @@ class SkiplessTransformer(nn.Module):
         p, outer, (B, H, W) = self.patch, self.outer, images.shape[:3]
         tiles = images.reshape(B, H // p, p, W // p, p, -1).transpose(2, 3)
         patches = tiles.flatten(3).flatten(1, 2)  # (B, N, p² C)
+        if patches.shape[1:] != (len(outer.b_E), len(outer.W_E)):
+            raise ValueError(f"the model is not of images {tuple(images.shape[1:])}")
         X = patches @ outer.W_E + outer.b_E
         for layer in self.layers:
             X = layer(X, self.slope)

@@ -10,6 +10,7 @@ cards) the mean of their gradients, so that K processes take the steps of one, t
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,13 @@ def arguments():
     parser.add_argument("--lr", type=float, default=3e-4, help="of AdamW; falls to 0 as a cosine")
     parser.add_argument("--shift", type=int, default=1, help="pixels that images move by, at most")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for path in (args.model, args.data):
+        if not os.path.isfile(path):
+            parser.error(f"{path}: no such file")
+    if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
+        parser.error(f"--out {args.out}: no such folder")
+    return args
 
 
 def crops(padded, chosen, offsets, size):
@@ -69,7 +76,8 @@ def main():
 
     with np.load(args.data) as file:
         keys = "x_train", "y_train", "x_test", "y_test"
-        x, y, *test = (torch.from_numpy(file[k]).to(device) for k in keys)
+        arrays = (file[k] if k[0] == "x" else file[k].astype(np.int64).reshape(-1) for k in keys)
+        x, y, *test = (torch.from_numpy(a).to(device) for a in arrays)
     width = [0, 0] * (x.ndim - 3) + [args.shift] * 4  # of channels, if any, columns and rows
     padded, batch_size = functional.pad(x, width), min(args.batch_size, len(x))
     per_epoch = len(x) // batch_size
@@ -90,7 +98,7 @@ def main():
         start = t % per_epoch * batch_size
         mine = slice(start + batch_size * rank // size, start + batch_size * (rank + 1) // size)
         images = crops(padded, order[mine], offsets[mine], x.shape[1:3])
-        logits, labels = replica(standardise(images, model)), y[order[mine]].long()
+        logits, labels = replica(standardise(images, model)), y[order[mine]]
         # The mean over the batch is the mean over the processes of size/batch_size times their sum.
         loss = functional.cross_entropy(logits, labels, reduction="sum") * (size / batch_size)
         optimizer.zero_grad()
@@ -112,4 +120,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # of the model and the images
+        sys.stderr.write(f"train_torch.py: error: {error}\n")
+        sys.exit(2)

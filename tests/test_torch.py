@@ -65,6 +65,8 @@ def test_a_trained_and_exported_run_gives_the_same_logits(tmp_path, monkeypatch)
     assert got.dtype == torch.float32 and wanted.dtype == np.float32
     # float32, eps = 1.2e-7, through two layers and patches of 49 pixels.
     np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=r"not of images \(14, 14\)"):
+        theirs(torch.zeros(1, 14, 14))
 
 
 @pytest.mark.parametrize("field", ["attention", "skip", "norm"])
