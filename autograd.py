@@ -358,7 +358,7 @@ def total(a, axis=None, keepdims=False, mean=False):
     wide = np.float64 if array_module(a) is np and a.dtype.kind == "f" else None
     out = a.sum(axis=axis, dtype=wide, keepdims=keepdims)
     out = out * (out.size / a.size) if mean else out
-    return out.astype(a.dtype) if a.dtype.kind == "f" else out
+    return out.astype(a.dtype, copy=False) if a.dtype.kind == "f" else out
 
 
 def sum(a, axis=None, keepdims=False, mean=False):

@@ -220,7 +220,7 @@ def test_a_terminal_gets_a_bar_of_its_width_and_no_lines(small, tmp_path, monkey
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("LINES", "20")
     out = succeed(*small, "--max-steps", 3, "--out", tmp_path, stream=Terminal)
-    assert max(len(bar) for bar in out.split("\r") if "/9 [" in bar) < 120
+    assert max(len(bar) for bar in out.splitlines() if "/9 [" in bar) < 120
     assert "3/9 [" in out and "loss" in out and "validation" in out and "step 3/" not in out
     assert out.endswith(f"files in {tmp_path}: {', '.join(FILES)}\n")
 
