@@ -4,8 +4,7 @@ NumPy's single calls are too short here to be worth dividing: with two threads a
 thirds of the time.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
+from fast.threads import parallel
 from training.optimizers import flatten
 
 
@@ -19,7 +18,6 @@ def in_threads(gradients, models, run):
     for model in models[1:]:
         in_order = {k: model.parameters[k] for k in run.parameters}
         others.append(flatten(in_order, run.weights)[1])
-    pool = ThreadPoolExecutor(len(models))
 
     def divided(images, labels):
         B = len(labels)
@@ -28,7 +26,8 @@ def in_threads(gradients, models, run):
         shares = [(b - a) / B for a, b in zip(ends, ends[1:])]
         for buffer in others:
             buffer[...] = 0
-        results = list(pool.map(lambda m, p: gradients(m, images[p], labels[p]), models, parts))
+        results = parallel(lambda m, p: gradients(m, images[p], labels[p]), models, parts,
+                           threads=len(models))  # fmt: skip
         run.grads *= shares[0]
         for buffer, share in zip(others, shares[1:]):
             run.grads += share * buffer
