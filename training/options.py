@@ -6,8 +6,11 @@ import difflib
 import os
 import signal
 import sys
+from importlib.util import find_spec
 
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+REQUIRED = ("numpy", "safetensors", "tqdm")
 
 
 class UserError(ValueError):
@@ -33,7 +36,7 @@ def converter(kind, least=0, most=1e12, choices=None):
             raise argparse.ArgumentTypeError("needs a path, got an empty one")
         if kind is not str and not least <= value <= most:  # nor NaN
             raise argparse.ArgumentTypeError(f"{text[:20]} is not from {least:,} to {most:,.0f}")
-        return value
+        return os.path.expanduser(value) if kind is str else value  # ~ after = is left by shells
 
     convert.__name__ = kind.__name__
     return convert
@@ -74,7 +77,12 @@ def parse(Config, presets, arguments, description=None):
 
 def before_numpy():
     """One BLAS thread for each of ours, which NumPy reads once; Ctrl-C without a traceback until
-    everything is imported."""
+    everything is imported; one line for what is not installed."""
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        sys.stderr.write(f"train.py: error: not installed: {', '.join(missing)}; "
+                         "pip install -r requirements.txt\n")  # fmt: skip
+        sys.exit(2)
     os.environ.update(dict.fromkeys((*THREADS, "OSA_THREADS"), "1"))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
