@@ -29,6 +29,8 @@ IDX = {
     "y_test": "t10k-labels-idx1-ubyte",
 }
 CIFAR = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
+CIFAR_PICKLES = *(f"data_batch_{i}" for i in range(1, 6)), "test_batch"
+PICKLES = "CIFAR-10 in pickles, which can run any program: take the .bin files"
 EXPECTED = "uint8 images x_train, x_test (n, H, W[, C]) and labels y_train, y_test (n,) of 0 to 254"
 
 
@@ -59,16 +61,14 @@ def load(path=None, parts=("train", "test")):
         if os.path.isdir(path):
             inside = os.listdir(path)
             if "data_batch_1" in inside:
-                raise ValueError(
-                    "CIFAR-10 in pickles, which can run any program: take the .bin files"
-                )
+                raise ValueError(PICKLES)
             read = _read_cifar if CIFAR[1][0] in inside else _read_idx
             arrays = {key: read(path, key) for key in names}
         elif os.path.isfile(path) and str(path).lower().endswith(".npz"):
             arrays = _read_npz(path, names)
         else:
-            known = os.path.exists(path)
-            raise ValueError("is not an .npz file" if known else "no such file or folder")
+            known = "is not an .npz file" if os.path.exists(path) else "no such file or folder"
+            raise ValueError(PICKLES if os.path.basename(path) in CIFAR_PICKLES else known)
         return Dataset(*(_checked(arrays).get(key) for key in IDX))
 
 
@@ -87,7 +87,7 @@ def split(dataset, limit, rng):
     order = rng.permutation(n)
     held_out, kept = order[:validation], order[validation:][: limit or n]
     x, y = dataset.x_train, dataset.y_train
-    return x[kept], y[kept], x[held_out], y[held_out]
+    return tuple(np.ascontiguousarray(a[i]) for i in (kept, held_out) for a in (x, y))
 
 
 def statistics(x):
@@ -212,8 +212,8 @@ def _check_header(name, shape, dtype):
         raise ValueError(f"holds an array {name!r}")
     if dtype != np.uint8 if name[0] == "x" else dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {dtype}")
-    fits = len(shape) in ((3, 4) if name[0] == "x" else (1,)) and 0 not in shape
-    if not fits or math.prod(shape) * dtype.itemsize > LIMIT:
+    fits = len(shape) in (3, 4) if name[0] == "x" else shape[1:] in ((), (1,))
+    if not fits or 0 in shape or math.prod(shape) * dtype.itemsize > LIMIT:
         raise ValueError(f"{name} has shape {shape}")
 
 
@@ -227,6 +227,7 @@ def _checked(arrays):
             if len(x) != len(y):
                 raise ValueError(f"{len(x)} images x{name[1:]} but {len(y)} labels {name}")
     arrays = {k: np.ascontiguousarray(a, np.uint8) for k, a in arrays.items()}
+    arrays |= {k: a.reshape(-1) for k, a in arrays.items() if k[0] == "y"}  # Keras has (n, 1)
     x, y, x_test, y_test = map(arrays.get, IDX)
     if x is not None and x.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"x_train has images of {x.shape[1:]}, x_test of {x_test.shape[1:]}")
