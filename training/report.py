@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import autograd as ag
@@ -77,6 +76,7 @@ class Log:
         self.file = open(path, "a", newline="", encoding="utf-8")
         self.first = progress.step, progress.seconds
         self.start = time.perf_counter() - progress.seconds
+        progress.sums = [np.float64(a) for a in progress.sums]  # in float32 many steps lose digits
         self.bar = tqdm(total=run.steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
 
@@ -116,7 +116,7 @@ class Log:
         if self.bar.disable:
             print(f"step {step}/{run.steps}  {text}  {run.batches.size / per_step:,.0f} images/s  "
                   f"{per_step * (run.steps - step):.0f} s left", flush=True)  # fmt: skip
-        progress.sums = [0, 0, 0]
+        progress.sums = [np.float64(0)] * 3
 
     def __enter__(self):
         return self
@@ -144,6 +144,8 @@ def read_metrics(path):
 
 def draw_curves(rows, path):
     """curves.png: loss, accuracy, ‖S‖₂ and orthogonality error against the step."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2).flat
     for axis, label, scale, *names in (
@@ -166,7 +168,8 @@ def machine():
     commit, torch, cpuinfo = None, sys.modules.get("torch"), Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     if (ROOT / ".git").exists():  # not that of a repository around this folder
-        command = ["git", "describe", "--always", "--dirty"]
+        ours = ["--git-dir", ROOT / ".git", "--work-tree", ROOT]  # whatever GIT_DIR says
+        command = ["git", *ours, "describe", "--always", "--dirty"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
             commit = done.stdout.strip() or None
@@ -200,6 +203,11 @@ def begin(run, progress, folder, device, args):
     }
     if not args.resume:
         (folder / "config.json").write_text(json.dumps(repeat, indent=2) + "\n")
+    os.environ.pop("MPLBACKEND", None)  # nothing is shown
+    try:
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # missing, or broken
+        print(f"curves.png will not be drawn: {error}", file=sys.stderr)
     return repeat
 
 
@@ -229,7 +237,10 @@ def finish(run, progress, folder, repeat):
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if rows:
-        draw_curves(rows, folder / "curves.png")
+        try:
+            draw_curves(rows, folder / "curves.png")
+        except Exception as error:  # all else is written
+            print(f"curves.png was not drawn: {error}", file=sys.stderr)
     print(f"files in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 
