@@ -14,6 +14,8 @@ from training import checkpoint
 from training.options import UserError
 
 NAME = "checkpoint.safetensors"
+# Ctrl-C, kill, a closed terminal or console, a limit of time, and a cluster's warning of one.
+SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU", "SIGUSR1"
 SECONDS = 60  # from save to save, where an epoch takes longer
 
 
@@ -36,14 +38,14 @@ class Progress:
 
 
 class Stop:
-    """Notes SIGINT, SIGTERM and SIGHUP, so that the step in progress is finished; a second one
-    ends the process."""
+    """Notes one of SIGNALS, so that the step in progress is finished; a second one ends the
+    process."""
 
     def __init__(self, ranks):
         self.signal, self.ranks = 0, ranks
 
     def __enter__(self):
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+        numbers = {getattr(signal, name, signal.SIGINT) for name in SIGNALS}
         caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
         self.before = {n: signal.signal(n, self.notice) for n in caught}
         return self
@@ -92,6 +94,8 @@ class Saver:
         return self
 
     def __exit__(self, kind, error, trace):
+        if kind and issubclass(kind, OSError):  # nobody reads any more: `| head`, a closed terminal
+            self.save()
         if kind and issubclass(kind, FloatingPointError):
             kept = f"the last good checkpoint is {self.path}"
             kept = kept if self.path.exists() else "none was saved yet"
