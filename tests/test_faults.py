@@ -184,7 +184,7 @@ def test_processes_variables_and_modules_of_others_are_no_trap(tmp_path, monkeyp
         patch.setattr(zipfile, "lzma", None)
         assert "mnist.npz: Compression requires the (missing) lzma" in refuse(*SMALL)
         patch.setattr(data, "load", lambda *_: bytearray(2**62))
-        assert "not enough memory" in refuse(*SMALL)
+        assert "memory" in refuse(*SMALL)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert "srun --mpi=pmi2, or mpiexec" in refuse(*SMALL)
     alone = types.SimpleNamespace(COMM_WORLD=types.SimpleNamespace(rank=0, size=1))
