@@ -102,7 +102,8 @@ def _osa_packed(F, alpha):
     if F.shape[-1] % 3 or not F.size:
         raise ValueError(f"F = [Q, K, V] must be (..., N, 3 d_v), not empty, got {F.shape}")
     d_v = F.shape[-1] // 3
-    O, saved = forward_packed(F, array_module(F).atleast_2d(alpha) / math.sqrt(d_v), d_v)
+    s = (alpha if alpha.ndim else alpha.reshape(1, 1)) / math.sqrt(d_v)
+    O, saved = forward_packed(F, s, d_v)
     return O, (alpha.shape, d_v, saved)
 
 
