@@ -19,7 +19,7 @@ import math
 import numpy as np
 
 import autograd as ag
-from autograd import Tensor, array_module
+from autograd import Tensor, array_module  # ours: another autograd must not come first in sys.path
 
 
 def T(M):  # Mᵀ of each matrix (..., n, m)
@@ -29,8 +29,11 @@ def T(M):  # Mᵀ of each matrix (..., n, m)
 # ---------------------------------------------------------------------------------- 1. definition
 def skew_scores(Q, K, alpha):
     """S = (α/√d_v)(Q Kᵀ − K Qᵀ) (..., N, N), exactly skew-symmetric; α a number or (..., 1, 1)."""
-    QKt = Q @ T(K)  # (..., N, d_v) x (..., d_v, N) -> (..., N, N)
-    return alpha / math.sqrt(Q.shape[-1]) * (QKt - T(QKt))
+    alpha = array_module(Q, K, alpha).asarray(alpha, dtype=Q.dtype)
+    if alpha.ndim and alpha.shape[-2:] != (1, 1):
+        raise ValueError(f"alpha must be a number or an array (..., 1, 1), got {alpha.shape}")
+    sQKt = alpha / math.sqrt(Q.shape[-1]) * Q @ T(K)  # (..., N, d_v) x (..., d_v, N) -> (..., N, N)
+    return sQKt - T(sQKt)
 
 
 def skew_eigh(S):
@@ -98,12 +101,11 @@ def orthonormal_basis(M, method="qr"):
     "qr": reduced QR.  "newton_schulz": B ← ½ B (3I − BᵀB) from M/‖M‖_F.  A step multiplies a small
     singular value by 1.5: 50 steps (float64: 100) bring up the smallest that is no rounding error.
     """
-    xp = array_module(M)
     if method == "qr":
-        return xp.linalg.qr(M)[0]
+        return array_module(M).linalg.qr(M)[0]
     if method != "newton_schulz":
         raise ValueError(f'method must be "qr" or "newton_schulz", got {method!r}')
-    B = M / (xp.sqrt((M * M).sum(axis=(-2, -1), keepdims=True)) + float(np.finfo(M.dtype).tiny))
+    B = M / ((M * M).sum(axis=(-2, -1), keepdims=True) ** 0.5 + float(np.finfo(M.dtype).tiny))
     for _ in range(6 + math.ceil(math.log(M.shape[-1] ** 0.5 / float(np.finfo(M.dtype).eps), 1.5))):
         B = 1.5 * B - 0.5 * B @ (T(B) @ B)
     return B
@@ -122,18 +124,15 @@ def osa_forward(Q, K, V, alpha, method="qr"):
     if Q.shape != K.shape or Q.shape[:-1] != V.shape[:-1] or not Q.dtype == K.dtype == V.dtype:
         got = ", ".join(f"{M.dtype} {M.shape}" for M in (Q, K, V))
         raise ValueError(f"Q, K (..., N, d_v) and V (..., N, m) must be of one dtype, got {got}")
-    xp, (N, d_v) = array_module(Q, K, V), Q.shape[-2:]
-    alpha = xp.asarray(alpha, dtype=Q.dtype)
-    if alpha.ndim and alpha.shape[-2:] != (1, 1):
-        raise ValueError(f"alpha must be a number or an array (..., 1, 1), got {alpha.shape}")
-    s = alpha / math.sqrt(d_v)
+    xp, (N, d_v) = array_module(Q, K, V, alpha), Q.shape[-2:]
+    s = xp.asarray(alpha, dtype=Q.dtype) / math.sqrt(d_v)
     P = xp.concatenate([Q, K], axis=-1)
     B = orthonormal_basis(P, method) if N > 2 * d_v else xp.eye(N, dtype=Q.dtype)
     BtQ, BtK, BtV = T(B) @ Q, T(B) @ K, T(B) @ V  # (..., r, N) x (..., N, d_v) -> (..., r, d_v)
-    S_B = s * (BtQ @ T(BtK) - BtK @ T(BtQ))  # (..., r, r)
+    S_B = skew_scores(BtQ, BtK, alpha)  # (..., r, r)
     E, F = exp_phi1(S_B)
     O = V + B @ (E @ BtV - BtV)
-    return O, (V, alpha, s, B, BtQ, BtK, BtV, S_B, E, F)
+    return O, (V, s, B, BtQ, BtK, BtV, S_B, E, F)
 
 
 # ----------------------------------------------------------------------------- 4. backward, by hand
@@ -148,8 +147,9 @@ def osa_backward(dO, saved):
         H = B L + (dO − B BᵀdO)(φ₁(S_B) BᵀV)ᵀ − (V − B BᵀV)(φ₁(S_B)ᵀ BᵀdO)ᵀ,
         L = L_B − L_Bᵀ,   L_B = BᵀŜB = frechet(S_Bᵀ, BᵀdO (BᵀV)ᵀ).
     """
-    V, alpha, s, B, BtQ, BtK, BtV, S_B, E, F = saved
-    if array_module(dO, V) and (dO.shape, dO.dtype) != (V.shape, V.dtype):
+    V, s, B, BtQ, BtK, BtV, S_B, E, F = saved
+    array_module(dO, V)  # TypeError for what is no array, or of another module
+    if (dO.shape, dO.dtype) != (V.shape, V.dtype):
         raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
     BtdO = T(B) @ dO  # (..., r, m)
     L_B = frechet(-S_B, BtdO @ T(BtV))  # (..., r, r)
@@ -159,7 +159,7 @@ def osa_backward(dO, saved):
     dK = -s * (H @ BtQ)
     dV = dO + B @ (T(E) @ BtdO - BtdO)  # Aᵀ dO
     dalpha = (L * (BtQ @ T(BtK))).sum(axis=(-2, -1), keepdims=True) / math.sqrt(BtQ.shape[-1])
-    return dQ, dK, dV, ag.unbroadcast(dalpha, alpha.shape)
+    return dQ, dK, dV, ag.unbroadcast(dalpha, s.shape)
 
 
 osa = ag.operator(osa_forward, osa_backward)  # on Tensors: one node of the graph
@@ -202,10 +202,12 @@ def rotation_angles(Q, K, alpha):
 
 def calibrate_alpha(Q, K, target):
     """α (h, 1, 1): the largest ‖S‖₂ of Q, K (batch, h, N, d_v) is `target`, or α is if S = 0."""
-    eps, norm = float(np.finfo(Q.dtype).eps), rotation_angles(Q, K, 1.0)[..., 0].max(axis=0)  # (h,)
-    noise = 8 * Q.shape[-2] * eps * abs(Q).max(axis=(0, 2, 3)) * abs(K).max(axis=(0, 2, 3))
-    norm = array_module(Q).where(norm > noise, norm, 1)  # ‖S‖₂ at α = 1
-    return (float(target) / norm).astype(Q.dtype)[:, None, None]
+    eps, tiny = float(np.finfo(Q.dtype).eps), float(np.finfo(Q.dtype).tiny)
+    q, k = (abs(M).max(axis=(0, 2, 3), keepdims=True) + tiny for M in (Q, K))
+    norm = rotation_angles(Q / q, K / k, 1.0)[..., :1, None].max(axis=0)  # (h, 1, 1), no overflow
+    some, where = norm > 8 * Q.shape[-2] * eps, array_module(Q).where  # not rounding alone
+    norm, q, k = (where(some, a, 1) for a in (norm, q[0], k[0]))  # ‖S‖₂ = norm q k at α = 1
+    return (float(target) / norm / q / k).astype(Q.dtype)
 
 
 def jacobian_bound(X, W_QK, W_V, alpha):
@@ -330,7 +332,8 @@ class SkiplessTransformer:
 
     def __init__(self, *, d, heads, depth, patch, image, classes, mlp_ratio, eta, rng, xp=np,
                  dtype=np.float32, attention=MultiHeadOSA):  # fmt: skip
-        self.patch, self.slope, drawn = patch, tailored_slope(depth, eta), (rng, xp, dtype)
+        self.patch, self.image = patch, (*image, 1)[:3]  # height, width, channels
+        self.slope, drawn = tailored_slope(depth, eta), (rng, xp, dtype)
         pixels = patchify(np.empty((1, *image)), patch).shape[-1]
         self.outer = tensors({
             "W_E": random_orthogonal(pixels, d, rng, dtype),  # embedding
@@ -338,10 +341,8 @@ class SkiplessTransformer:
             "W_C": random_orthogonal(d, classes, rng, dtype),  # read-out
             "b_C": np.zeros(classes, dtype),
         }, xp)  # fmt: skip
-        self.layers = [
-            (attention(d, heads, *drawn), MLP(d, mlp_ratio, self.slope, *drawn))
-            for _ in range(depth)
-        ]
+        self.layers = [(attention(d, heads, *drawn), MLP(d, mlp_ratio, self.slope, *drawn))
+                       for _ in range(depth)]  # fmt: skip
 
     @property
     def parameters(self):
@@ -351,6 +352,8 @@ class SkiplessTransformer:
 
     def embed(self, images):
         """X (batch, N, d), the input of the first layer."""
+        if (*images.shape[1:], 1)[:3] != self.image:
+            raise ValueError(f"images must have shape {self.image}, got {images.shape[1:]}")
         return Tensor(patchify(images, self.patch)) @ self.outer["W_E"] + self.outer["b_E"]
 
     def __call__(self, images):
@@ -374,15 +377,12 @@ def calibrate(model, images, target):
 
 # --------------------------------------------------------------------------------------- 8. try it
 def recall(n, rng):
-    """Images x (n, 12, 12) of nine tokens, labels y (n,): eight tokens hold a key and a value, both
-    one-hot, the ninth holds one of the keys, and the label is the value that stands with it.
-    """
+    """x (n, 3, 3, 16): eight tokens hold a one-hot key and value, the ninth a key; y its value."""
     keys, values = rng.permuted(np.tile(np.arange(8), (2, n, 1)), axis=-1)  # (n, 8) each
     asked, onehot = rng.integers(0, 8, n), 4 * np.eye(8, dtype=np.float32)
     x = np.zeros((n, 9, 16), np.float32)
     x[:, :8, :8], x[:, :8, 8:], x[:, 8, :8] = onehot[keys], onehot[values], onehot[asked]
-    tiles = x.reshape(n, 3, 3, 4, 4).transpose(0, 1, 3, 2, 4)
-    return tiles.reshape(n, 12, 12), values[keys == asked[:, None]]
+    return x.reshape(n, 3, 3, 16), values[keys == asked[:, None]]
 
 
 def main():
@@ -393,7 +393,7 @@ def main():
     print(f"|AᵀA − I|       {abs(T(A) @ A - np.eye(12)).max():.0e}")
     print(f"|O − exp(S) V|  {abs(osa_forward(Q, K, V, alpha)[0] - A @ V).max():.0e}")
     print(f"gradient error  {ag.gradient_check(osa, Q, K, V, alpha):.0e}")
-    model = SkiplessTransformer(d=32, heads=2, depth=2, patch=4, image=(12, 12), classes=8,
+    model = SkiplessTransformer(d=32, heads=2, depth=2, patch=1, image=(3, 3, 16), classes=8,
                                 mlp_ratio=2, eta=0.4, rng=rng)  # fmt: skip
     calibrate(model, recall(64, rng)[0], 1.0)
     momentum = {k: 0 * p.data for k, p in model.parameters.items()}

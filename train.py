@@ -61,9 +61,9 @@ class Config:
     lr: float = option(0.01, "rate of matrices under muon, of all but α under adamw")
     adam_lr: float = option(0.01, "rate of what is no matrix, under muon")
     alpha_lr: float = option(0.01, "rate of α, relative to its start")
-    weight_decay: float = option(0.0, "of adamw")
+    weight_decay: float = option(0.0, "of adamw, but not of α")
     warmup: int = option(100, "steps in which the rates rise, half of all at most")
-    clip: float = option(1.0, "largest norm of the gradients", least=1e-6)
+    clip: float = option(1.0, "largest norm of an optimiser's gradients", least=1e-6)
     shift: int = option(1, "training images are moved by up to so many pixels, each way")
     limit_data: int = option(0, "training images used; 0: all")
     seed: int = option(0, "of weights, images and their order")
@@ -93,7 +93,7 @@ def build(config, image, classes, xp=np):
 
 
 def gradients(model, images, labels):
-    """Adds the gradients of the mean loss to every p.grad; returns it, and how many were right."""
+    """Adds the gradients of the loss to every p.grad; returns the loss, and how many were right."""
     logits = model(images)
     loss = ag.cross_entropy(logits, labels)
     loss.backward()
@@ -114,14 +114,15 @@ class Run:
         self.batches = data.Batches(x, y, config, xp, self.ranks.rank, self.ranks.size)
         self.steps = config.epochs * self.batches.per_epoch
         self.threads = min(threads, self.batches.size // self.ranks.size)
+        # One model a thread, of the same weights.
         models = [build(config, x.shape[1:], dataset.classes, xp) for _ in range(self.threads)]
-        self.model, self.measures = models[0], config.attention == "osa"
+        self.model, self.has_angles = models[0], config.attention == "osa"
         images, _ = self.batches.images(*self.batches.choose(0, whole=True))
         osa_minimal.calibrate(self.model, self.standardise(images), config.s_norm)
 
         self.parameters, self.updates = assign(config, self.model.parameters)
-        self.weights, self.grads = flatten(self.parameters)
-        self.gradients = functools.partial(gradients, self.model)
+        self.weights, self.grads = flatten(self.parameters)  # every p.data, p.grad is a view
+        self.gradients = functools.partial(gradients, self.model)  # loss.backward() is there
         # Several threads, several machines, a CUDA graph: each line can be struck out.
         self.gradients = in_threads(gradients, models, self) if self.threads > 1 else self.gradients
         self.gradients = self.ranks.summed(self.gradients, self.grads, self.batches.size)
@@ -182,8 +183,6 @@ def work(ranks, config, args, given):
         xp, device = find_device(args.device, ranks.neighbour)
         dataset = data.load(progress.data, ("test",) if args.eval else ("train", "test"))
         if args.eval:
-            if (image := [*dataset.x_test.shape[1:], 1][:3]) != progress.image:
-                raise UserError(f"the checkpoint is of images {progress.image}, not {image}")
             model = build(config, tuple(progress.image), progress.classes, xp)
             resume.restore(arrays, model.parameters, xp=xp)
             report.print_accuracy(model, dataset, progress.statistics, xp)

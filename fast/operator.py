@@ -298,11 +298,10 @@ def _rows_times(parts, X, out):
 def _by_basis(F, B, R, s, d_v, route):
     """O = V + B (exp(S_B) − I) b with S_B = BᵀSB = s R J Rᵀ, R = BᵀP, b = BᵀV, and its backward.
 
-    B = None stands for I; R = None is computed here, in one product with b.
-    Backward: g = BᵀdO, L = L(S_Bᵀ, g bᵀ), u = φ₁(S_B)b, w = φ₁(S_B)ᵀg as in `osa_minimal`; P = B R
-    enters through R:
-        H = B (L − Lᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
-        dP = −s H R J,   dV = dO + B (exp(S_B)ᵀ − I) g,   ds = ⟨L, R J Rᵀ⟩.
+    B = None stands for I; R = None is computed here, in one product with b.  Backward as in
+    `osa_minimal`: g = BᵀdO, L_B = frechet(S_Bᵀ, g bᵀ), u = φ₁(S_B)b, w = φ₁(S_B)ᵀg, P = B R:
+        H = B (L_B − L_Bᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
+        dP = −s H R J,   dV = dO + B (exp(S_B)ᵀ − I) g,   ds = ⟨L_B, R J Rᵀ⟩.
     """
     r, xp, V = 2 * d_v, array_module(F), F[..., 2 * d_v :]
     if R is not None:
@@ -322,17 +321,17 @@ def _by_basis(F, B, R, s, d_v, route):
         minus_sRJ = -s * _times_J(R)  # s first: it may keep the rest from overflowing
         with np.errstate(over="ignore", invalid="ignore"):
             g = dO if B is None else tall_product(B, dO)
-            expSt_g, L = small.adjoint(g)
-            ds[...] = inner(L, RJRt)
+            expSt_g, L_B = small.adjoint(g)
+            ds[...] = inner(L_B, RJRt)
             if B is None:
-                dF[..., :r], dF[..., r:] = product(L - T(L), minus_sRJ), expSt_g
+                dF[..., :r], dF[..., r:] = product(L_B - T(L_B), minus_sRJ), expSt_g
             else:
                 # φ₁(−S_B) = φ₁(S_B) exp(−S_B) makes u and w one product.
                 uw = small.phi1(xp.concatenate([b, expSt_g], axis=-1))
                 ut, wt = T(uw[..., :m]), T(uw[..., m:])
                 # [dP, dV] = [B, V, dO] X
                 X = xp.zeros((*F.shape[:-2], k + 2 * m, width), F.dtype)
-                X[..., :k, :r] = product(L - T(L) - product(g, ut) + product(b, wt), minus_sRJ)
+                X[..., :k, :r] = product(L_B - T(L_B) - product(g, ut) + product(b, wt), minus_sRJ)
                 X[..., :k, r:] = expSt_g - g
                 X[..., k : k + m, :r] = -product(wt, minus_sRJ)
                 X[..., k + m :, :r] = product(ut, minus_sRJ)

@@ -1,7 +1,7 @@
 """exp(S) W for small skew-symmetric S (..., n, n) and thin W (..., n, m), in four ways.
 
 An application needs not the matrix exp(S) but its action: f(S) W for f = exp or φ₁, f(S)ᵀ G, and
-the gradient of ⟨G, f(S) W⟩ with respect to S, which for exp is L(Sᵀ, G Wᵀ), L its derivative.
+the gradient of ⟨G, f(S) W⟩ with respect to S, for exp L(Sᵀ, G Wᵀ), L for `osa_minimal.frechet`.
 `Spectral` is the formula, the others are matrix products only; a test holds them equal.
 """
 

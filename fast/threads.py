@@ -39,11 +39,7 @@ def quota(root=Path("/")):
 
 
 def thread_count():
-    """Threads for `parallel`: OSA_THREADS, else the cores that BLAS leaves idle.
-
-    BLAS takes all cores unless OPENBLAS_NUM_THREADS says otherwise.  For many small matrices
-    OPENBLAS_NUM_THREADS=1 is the better division of labour.
-    """
+    """Threads for `parallel`: OSA_THREADS, else the cores that OPENBLAS_NUM_THREADS leaves idle."""
     asked = os.environ.get("OSA_THREADS", "")
     blas = os.environ.get("OPENBLAS_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > 0:
@@ -52,11 +48,9 @@ def thread_count():
 
 
 def keep_freed_memory():
-    """Let the C library keep what is freed, instead of returning it to Linux page by page.
+    """Lets the C library keep what is freed, instead of returning it to Linux page by page.
 
-    A training step frees and asks for the same arrays again and again, and every page fetched anew
-    is a page fault: up to half of the time of `osa_forward` and `osa_backward`.  Elsewhere than on
-    Linux with glibc nothing happens.  `train.py` and the benchmarks call it.
+    Each page fetched anew is a page fault: up to half of an operator's time.  Linux and glibc only.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

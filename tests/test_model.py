@@ -123,6 +123,14 @@ def test_calibration_reaches_its_target_in_every_head(target, size, dtype, rng, 
     np.testing.assert_allclose(largest, target, rtol=8 * 10 * EPS[dtype])
 
 
+@pytest.mark.parametrize("size", [1e9, 1e15, 1e-15, 1e19])
+def test_calibration_is_its_closed_form_at_any_size(size, xp):
+    q, k = size * np.array([[1, 1, 1, 1], [1, -1, 1, -1]], np.float32)  # ‖qkᵀ − kqᵀ‖₂ = 4 size²
+    alpha = osa.calibrate_alpha(*(xp.asarray(a.reshape(1, 1, 4, 1)) for a in (q, k)), 0.1)
+    # Beyond 1e19 α has no more than these digits in float32.
+    np.testing.assert_allclose(float(ag.to_cpu(alpha).item()), 0.1 / (4 * size**2), rtol=1e-5)
+
+
 @each_dtype
 def test_calibration_without_scores_is_the_target_and_not_that_of_rounding(dtype, rng, xp):
     Q = rng.standard_normal((2, 3, 9, 4)).astype(dtype)
@@ -271,6 +279,12 @@ def test_patchify_cuts_images_row_by_row(channels, rng, xp):
     for b in range(2):
         slow = [x[b, i : i + 2, j : j + 2].ravel() for i in (0, 2, 4) for j in (0, 2)]
         np.testing.assert_array_equal(patches[b], slow)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 2, 2), (2, 12, 3), (6, 6), (2, 6, 6, 3)], ids=str)
+def test_images_of_another_size_are_refused_by_both_sizes(shape):
+    with pytest.raises(ValueError, match=r"images must have shape \(6, 6, 1\), got \("):
+        network(TINY)(np.zeros(shape, np.float32))
 
 
 def test_a_patch_that_does_not_divide_the_image_is_refused_by_name():

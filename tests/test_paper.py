@@ -205,6 +205,14 @@ def test_the_gradient_of_alpha_has_alphas_shape(shape, operator, rng, xp):
         assert ag.gradient_check(operator.on_tensors(), *arrays, directions=1) < 1e-8
 
 
+@pytest.mark.parametrize("alpha", [np.float64(0.3), np.int64(1), np.full((1, 1), 0.3)], ids=str)
+def test_alpha_takes_the_dtype_of_the_queries(alpha):
+    Q, K, V = (M.astype(np.float32) for M in make("generic")[:3])
+    for f in (osa.skew_scores, osa.attention_matrix, osa.rotation_angles, fast.attention_matrix):
+        assert f(Q, K, alpha).dtype == np.float32
+    assert osa.osa_dense(Q, K, V, alpha).dtype == np.float32
+
+
 @pytest.mark.parametrize("name", ["auto", "paper qr"])
 def test_a_python_number_is_a_fine_alpha(name, xp):
     Q, K, V, _ = make("generic")
@@ -366,6 +374,13 @@ def test_imports_run_one_way_and_need_no_more_than_they_say(part):
                 imported.add(node.module.partition(".")[0])
     ours = set(HOUSE[: HOUSE.index(part) + (ROOT / part).is_dir()])
     assert imported <= ours | sys.stdlib_module_names | LIBRARIES.get(part, {"numpy"})
+
+
+def test_another_package_named_autograd_is_named(tmp_path):
+    (tmp_path / "autograd.py").touch()
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import osa_minimal"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "another autograd must not come first in sys.path" in ran.stderr
 
 
 def test_two_files_in_an_empty_folder_check_themselves_and_train(tmp_path):

@@ -73,13 +73,13 @@ class AdamW:
         self.mean, self.rms = 0 * joined(parameters), 0 * joined(parameters)
         self.state = named(self.mean, parameters, "mean") | named(self.rms, parameters, "rms")
 
-    def step(self, w, g, lr, t):
-        """Update t = 1, 2, … of the weights w (n,), in place, by their gradients g (n,)."""
+    def step(self, w, g, lr, count):
+        """Update number `count` = 1, 2, … of the weights w (n,), in place, by their gradients g."""
         (b1, b2), xp = self.betas, array_module(w)
         self.mean += (1 - b1) * (g - self.mean)
         # √(β₂ rms² + (1 − β₂) g²), without squares that overflow
         xp.hypot(math.sqrt(b2) * self.rms, math.sqrt(1 - b2) * g, out=self.rms)
-        mean, rms = self.mean / (1 - b1**t), self.rms / xp.sqrt(1 - b2**t)
+        mean, rms = self.mean / (1 - b1**count), self.rms / xp.sqrt(1 - b2**count)
         w -= lr * (mean / (rms + self.eps) + self.weight_decay * w)
 
 
@@ -158,7 +158,7 @@ class Muon:
             self.state |= named(self.buffers[-1].reshape(-1), group, "m")
             self.parameters |= group
 
-    def step(self, w, g, lr, t):
+    def step(self, w, g, lr, count):
         """Update of the weights w (n,) by their gradients g, as `self.parameters` lie; no t."""
         start = 0
         for buffer in self.buffers:

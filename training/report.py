@@ -99,7 +99,7 @@ class Log:
         if not math.isfinite(loss):
             raise FloatingPointError("the loss is NaN or Inf")
         some = run.standardise(run.x_val[:16])
-        s_norm, error = probe(run.model, some) if run.measures else (math.nan, math.nan)
+        s_norm, error = probe(run.model, some) if run.has_angles else (math.nan, math.nan)
         progress.worst_error = float(np.fmax(progress.worst_error, error))
         progress.largest_s = float(np.fmax(progress.largest_s, s_norm))
         val, _ = accuracy(run.model, run.x_val[:1000], run.y_val[:1000], run.standardise)
@@ -110,7 +110,7 @@ class Log:
         self.file.write(line(values))
         self.file.flush()
         per_step = (seconds - self.first[1]) / (step - self.first[0])
-        rotation = f"  max ‖S‖₂ {s_norm:.2f}" if run.measures else ""
+        rotation = f"  max ‖S‖₂ {s_norm:.2f}" if run.has_angles else ""
         text = f"loss {loss:.4f}  accuracy {train:.2%} train {val:.2%} validation{rotation}"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
@@ -230,8 +230,8 @@ def finish(run, progress, folder, repeat):
         "train_loss": rows[-1]["train_loss"] if rows else None,
         "steps": progress.step,
         "seconds": round(progress.seconds, 2),
-        "orthogonality_error": progress.worst_error if run.measures else None,
-        "max_S_norm": progress.largest_s if run.measures else None,
+        "orthogonality_error": progress.worst_error if run.has_angles else None,
+        "max_S_norm": progress.largest_s if run.has_angles else None,
         "parameters": run.weights.size,
         "repeat": repeat,
     }
