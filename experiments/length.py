@@ -1,0 +1,91 @@
+"""Accuracy and time against the number of tokens: MNIST in patches of 14, 7, 4, 2 and 1 pixels.
+
+    python experiments/length.py [--processes 2] [--quick]
+
+N = 4 to 784 tokens of one image; four layers of width 32, batches of 32, one epoch, for every arm.
+The rate of each arm and length is the one of RATES with the best validation accuracy after TUNING
+steps (seed 100, length_tuning.csv); then come SEEDS runs, and only their test set counts:
+length.csv.  At N = 784 softmax, quadratic in N, has one seed, at the rate that was best at N = 196.
+"""
+
+import argparse
+
+import common
+
+ARMS = {
+    "OSA": {"attention": "osa"},
+    "identity mixing": {"attention": "identity"},
+    "softmax": {"attention": "softmax"},
+    "ViT: softmax, skips, LayerNorm": {"attention": "softmax", "skip": "add", "norm": True},
+}
+PATCHES = (14, 7, 4, 2, 1)
+RATES, TUNING, SEEDS = (0.003, 0.01, 0.03), 250, 3
+COMMON = {"width": 32, "batch_size": 32, "s_norm": 1.0, "epochs": 1}
+
+
+def experiment(path, processes, quick=False):
+    """Rates, then seeds, from short sequences to long ones; a stopped one goes on where it was."""
+    size = {"steps": 3, "every": 20} if quick else {}
+    for patch in PATCHES[:2] if quick else PATCHES:
+        jobs, final = {}, []
+        for arm, options in ARMS.items():
+            slow = patch == 1 and options["attention"] == "softmax"
+            job = {"arm": arm, "skip": "none", "norm": False, **options, **COMMON, **size}
+            jobs[arm] = [job | {"steps": size.get("steps", TUNING), "seed": 100, "lr": lr,
+                                "patch": 2 if slow else patch}
+                         for lr in (RATES[:1] if quick else RATES)]  # fmt: skip
+            final += [
+                job | {"patch": patch, "seed": s} for s in range(1 if slow or quick else SEEDS)
+            ]
+        tuning = [job for some in jobs.values() for job in some]
+        tuned = common.run_all(path.with_name("length_tuning.csv"), tuning, processes)
+        best = {
+            arm: common.best_rate(tuned, some[0], ("arm", "patch")) for arm, some in jobs.items()
+        }
+        final = [job | {"lr": best[job["arm"]]} for job in sorted(final, key=lambda j: j["seed"])]
+        common.run_all(path, final, processes)
+
+
+def draw(path):
+    """Test accuracy, and milliseconds of a training step's share of one image, against N."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = common.read(path)
+    images = 32 * (int(rows[0]["steps"]) if rows[0].get("steps") else 55_000 // 32)
+    for row in rows:  # `by_depth` groups by that name
+        row |= {"depth": (28 // int(row["patch"])) ** 2, "ms": 1e3 * float(row["seconds"]) / images}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.9), layout="constrained")
+    for (arm, marker), colour in zip(zip(ARMS, "os^v"), ("C0", "C2", "C1", "C3")):
+        for axis, column, scale in zip(axes, ("test", "ms"), (100, 1)):
+            N, mean, sd = common.by_depth(rows, column, arm)
+            mean, sd = ([scale * x for x in values] for values in (mean, sd))
+            axis.errorbar(N, mean, sd, marker=marker, color=colour, capsize=3, label=arm)
+    axes[0].set(ylabel="test accuracy after one epoch, %", ylim=(80, 100))
+    axes[1].set(ylabel="training time of an image, ms on one thread", yscale="log")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="tokens N of an image")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="seconds, into runs/quick")
+    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
+    args = parser.parse_args()
+    path = (common.ROOT / "runs" / "quick" if args.quick else common.RESULTS) / "length.csv"
+    if not args.draw:
+        experiment(path, args.processes, args.quick)
+    draw(path)
+
+
+if __name__ == "__main__":
+    main()
