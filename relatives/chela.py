@@ -8,9 +8,9 @@ says, with details in the manner of Mega that are ours, and no evidence about th
     out = (O ∘ SiLU(Z W_g + b_g)) W_o + b_o           causal: o_t = q_tᵀ Σ_{s≤t} k_s v_sᵀ/t
 
 Source of the idea: arXiv 2406.08128.
-Shapes: X (..., N, d); kl (d, 2N − 1) for the lags −(N−1) … N−1, causal (d, N) for 0 … N−1; ks
-(d, taps) centred on lag 0, taps odd, causal lags 0 … taps − 1; gq, bq, gk, bk, bv, bg, bo (d,); Wv,
-Wg, Wo (d, d).  Cost: N log N · d + N d².  Causal: both.  Assumes a gated residual around it.
+Kernels: kl for the lags −(N−1) … N−1, causal 0 … N−1; ks centred on lag 0, its number of taps odd,
+causal lags 0 … taps − 1.
+Cost: N log N · d + N d².  Causal: both.  Assumes a gated residual around it.
 Beside OSA: position by a convolution, content by a rank-d product, and nothing controls the norm.
 """
 
@@ -21,15 +21,13 @@ from relatives.hla import linear_attention
 from relatives.ops import shaped, silu
 
 
+@shaped(X="... N d", kl="d lags", ks="d taps", gq="d", bq="d", gk="d", bk="d", Wv="d d", bv="d",
+        Wg="d d", bg="d", Wo="d d", bo="d")  # fmt: skip
 def chela(X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo, *, causal=False):
     """(..., N, d) by the formulas above."""
-    N = X.shape[-2]
-    X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo = shaped(
-        {"lags": N if causal else 2 * N - 1}, X=(X, "... N d"), kl=(kl, "d lags"),
-        ks=(ks, "d taps"), gq=(gq, "d"), bq=(bq, "d"), gk=(gk, "d"), bk=(bk, "d"), Wv=(Wv, "d d"),
-        bv=(bv, "d"), Wg=(Wg, "d d"), bg=(bg, "d"), Wo=(Wo, "d d"), bo=(bo, "d"),
-    )  # fmt: skip
-    xp, (d, lags), taps = array_module(X), kl.shape, ks.shape[1]
+    xp, (d, lags), taps, N = array_module(X), kl.shape, ks.shape[1], X.shape[-2]
+    if lags != (N if causal else 2 * N - 1):
+        raise ValueError(f"kl must have {N if causal else 2 * N - 1} lags, got shape {kl.shape}")
     if taps > lags or not (causal or taps % 2):
         raise ValueError(f"ks must have an odd number of taps up to {lags}, got shape {ks.shape}")
     kernel = kl + ks @ xp.eye(taps, lags, 0 if causal else N - 1 - taps // 2, dtype=X.dtype)

@@ -10,7 +10,7 @@ Source: arXiv 2510.27258, no code; scores without 1/√d.  Each is a linear atte
 attentions, lin(Q, K, V) = W V; for hla2 the paper has a difference of two sums instead, for hla3
 Algorithm 3, another operator: it keeps only the index triples whose largest index occurs twice.
 Its decay γ is left out: section 4.3 and its associative operator contradict each other.
-Shapes: Q, K (..., N, d), V (..., N, m) -> (..., N, m).  Cost: N d (d + m), state d (d + m).
+Cost: N d (d + m), state d (d + m).
 Causal: both.  Assumes skip and norm: degree 5 (hla3: 7) in X.
 Beside OSA: the same d × d Gram matrices, but a polynomial of the scores needs its scale from
 outside, while the exponential of the antisymmetric part brings its own.
@@ -48,9 +48,9 @@ def linear_attention(Q, K, V, causal=False):
 
 
 def _order(name, f):
+    @shaped(Q="... N d", K="... N d", V="... N m")
     def order(Q, K, V, *, causal=False, normalise=None):
         """(..., N, m) by the formulas above."""
-        Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
         if normalise is not None:  # both in one pass
             V = ag.concatenate([V, array_module(V).ones((*V.shape[:-1], 1), V.dtype)])
         O = f(lambda *QKV: linear_attention(*QKV, causal), Q, K, V)

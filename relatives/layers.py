@@ -1,7 +1,8 @@
 """The relatives as layers of a network, X (B, N, d) -> (B, N, d), built as `MultiHeadOSA` is.
 
-`LAYERS[name](d, heads, rng, xp, dtype, tokens=N)`; only "monarch" and "chela" have weights for a
-number of tokens.  Each starts as near to orthogonal as its formula allows.
+`LAYERS[name](d, heads, rng, xp, dtype, tokens=N)`; each starts as near to orthogonal as its formula
+allows.  Tokens come row by row: "prism" and "pdssm" read them in this order, the others, also those
+that have a causal form, see all at once.
 """
 
 import functools
@@ -10,68 +11,44 @@ import math
 import numpy as np
 
 from osa_minimal import MultiHeadOSA, random_orthogonal, tensors
-from relatives import cayley, chela, circulant, delta, hla, monarch, pdssm, prism, reduced, tost
-from relatives.softmax import Softmax
+from relatives import chela, circulant, hla, monarch, pdssm, prism, tost
+from relatives.cayley import cayley
+from relatives.reduced import reduced
 
 # name: O from Q, K, V (B, h, N, d_v) and α (h, 1, 1), the same α as in OSA's S.  The powers of N
 # keep the first layer's output about the size of V.
 HEADS = {
-    "cayley": lambda Q, K, V, a: cayley.cayley(Q, K, V, a * (2 * math.sqrt(Q.shape[-2]))),
+    "cayley": lambda Q, K, V, a: cayley(Q, K, V, a * (2 * math.sqrt(Q.shape[-2]))),
     "hla2": lambda Q, K, V, a: hla.hla2(Q, K, V * Q.shape[-2] ** -2.0),
     "ahla": lambda Q, K, V, a: hla.ahla(Q, K, V * Q.shape[-2] ** -2.0),
-    "hla3": lambda Q, K, V, a: hla.hla3(Q, K, V * Q.shape[-2] ** -3.0),
-}
-# name: the output from X (B, N, d), the number of heads and the weights of `initial`.
-FORMULAS = {
-    "tost": lambda X, h, w: tost.tssa(X, heads=h, **w),
-    "circulant": lambda X, h, w: circulant.circulant(X, grid=grid(X.shape[1]), **w),
-    "prism": lambda X, h, w: prism.prism(X, **w),
-    "pdssm": lambda X, h, w: pdssm.pdssm(X, **w),
-    "monarch": lambda X, h, w: monarch.monarch(X, **w),
-    "chela": lambda X, h, w: chela.chela(X, **w),
-    "symmetric": lambda X, h, w: reduced.reduced(X, f"sym{h}", **w),
-    "merged": lambda X, h, w: reduced.reduced(X, "qk_novo", **w),
 }
 
 
-def grid(N):
-    """The squarest (rows, columns) of N tokens, rows ≤ columns."""
+def recipes(d, h, N, U):
+    """{name: (function, sizes of its weights beside d and h, other arguments)}: all weights are
+    orthogonal (matrices) or 0 (vectors) but those given as arguments; None leaves one out."""
     rows = max(n for n in range(1, math.isqrt(N) + 1) if N % n == 0)
-    return rows, N // rows
-
-
-def initial(name, d, h, N, rng):
-    """The weights of a layer by the names of its function's arguments, float64."""
-    zero, one, none = np.zeros(d), np.ones(d), np.zeros((d, d))
-    gate = {"Wg": none, "bg": one * 1.27846454}  # SiLU of which is 1: open
-
-    def U(n=d, m=d):
-        return random_orthogonal(n, m, rng, np.float64)
-
-    def normal(*shape):
-        return rng.standard_normal(shape) / math.sqrt(d)
-
-    if name == "tost":
-        return {"W": U(), "temp": np.ones((h, 1)), "Wo": U(), "bo": zero}
-    if name == "circulant":
-        return gate | {"Wqkv": np.hstack([U(), U(), U()]), "Wo": U(), "bo": zero}
-    if name == "ddl":  # β = 1
-        return {"wb": none[:, :1], "bb": zero[:1], "wv": normal(d, 1) / 2, "bv": zero[:1]}
-    if name == "prism":  # three taps, the last one open; α = ½; two writes; |k| ≈ 1 if |u|² ≈ d
-        w = {"cw": one[:, None] * (0, 0, 1), "cb": zero, "wa": none[:, :1], "Wq": U(), "Wv": U()}
-        w |= {"Wk": [U() / math.sqrt(d), U() / math.sqrt(d)], "Wp": [U(), U()], "Wo": U()}
-        return w | {"Wb": [U(d, 1), U(d, 1)]}
-    if name == "pdssm":  # d states, six matrices; C = Bᴴ, so that a token reads itself unchanged
-        re, im = U() / math.sqrt(2), U() / math.sqrt(2)
-        w = {"Sel": normal(d, 6), "Pd": normal(6, d, d), "W1m": U(), "b1m": zero, "W1p": U()}
-        return w | {"b1p": zero, "Bre": re, "Bim": im, "Cre": re.T, "Cim": -im.T, "Dsk": zero}
-    if name == "monarch":  # orthogonal blocks
-        k, p = grid(N)
-        return {"W1": [U(p, p) for _ in range(k)], "W2": [U(k, k) for _ in range(p)]}
-    if name == "chela":  # each token convolved to itself
-        w = {"kl": np.zeros((d, 2 * N - 1)), "ks": one[:, None] * (0, 1, 0), "gq": one, "bq": zero}
-        return w | gate | {"gk": one, "bk": zero, "Wv": U(), "bv": zero, "Wo": U(), "bo": zero}
-    return {k: U() for k in (("Wqk",) if name == "merged" else ("Wq", "Wv", "Wo"))}
+    columns, n = N // rows, d // 2  # the squarest grid of the tokens; states of PD-SSM
+    blocks = {"k": rows, "q": columns, "p": columns, "l": columns, "s": rows, "r": rows}
+    gate = {"Wg": 0, "bg": 1.27846454}  # SiLU of which is 1: open
+    Wqkv, Wk = np.hstack([U(d, d), U(d, d), U(d, d)]), [U(d, d), U(d, d)] / np.sqrt(d)  # |k| = 1
+    B = U(d, d)  # [B_re, B_im] orthogonal and C = Bᴴ: a token reads itself unchanged
+    states = {"Bre": B[:, :n], "Bim": B[:, n : 2 * n]}
+    states |= {"Cre": B[:, :n].T, "Cim": -B[:, n : 2 * n].T}
+    alone = gate | {"kl": 0, "ks": (0, 1, 0), "gq": 1, "gk": 1}  # each token convolved to itself
+    return {
+        "tost": (tost.tssa, {}, {"temp": 1, "denom_bias": None}),
+        "circulant": (
+            circulant.circulant,
+            {"3d": 3 * d},
+            gate | {"Wqkv": Wqkv, "grid": (rows, columns)},
+        ),
+        "prism": (prism.prism, {"taps": 3, "L": 2}, {"cw": (0, 0, 1), "wa": 0, "Wk": Wk}),
+        "pdssm": (pdssm.pdssm, {"H": d, "K": 6, "n": n}, states),
+        "monarch": (monarch.monarch, blocks, {}),
+        "chela": (chela.chela, {"lags": 2 * N - 1, "taps": 3}, alone),
+        "symmetric": (reduced, {}, {"Wk": None, "Wqk": None, "T_": None, "heads": h}),
+    }
 
 
 class Heads(MultiHeadOSA):
@@ -89,21 +66,29 @@ class Heads(MultiHeadOSA):
 
 
 class Layer:
-    """FORMULAS[name] with the weights of `initial`; "ddl": the delta rule around softmax."""
+    """The function of a recipe with its weights."""
 
-    def __init__(self, name, d, heads, rng, xp=np, dtype=np.float32, tokens=None):
-        init = initial(name, d, heads, tokens, rng)
-        self.own = tensors({k: np.array(a, dtype) for k, a in init.items()}, xp)
-        self.parameters, self.name, self.heads = dict(self.own), name, heads
-        if name == "ddl":
-            self.branch = Softmax(d, heads, rng, xp, dtype)
-            self.parameters |= self.branch.parameters
+    def __init__(self, name, d, heads, rng, xp=np, dtype=np.float32, *, tokens):
+        def U(n, m):
+            return random_orthogonal(n, m, rng, np.float64)
+
+        self.function, sizes, given = recipes(d, heads, tokens, U)[name]
+        shapes, sizes = dict(self.function.shapes), {"1": 1, "d": d, "h": heads} | sizes
+        self.keywords, arrays = {k: given[k] for k in given.keys() - shapes.keys()}, {}
+        for key, letters in list(shapes.items())[1:]:  # all but X
+            shape = [sizes.get(x) for x in letters.split()]
+            if key not in given and len(shape) > 1:
+                given[key] = np.reshape(
+                    [U(*shape[-2:]) for _ in range(math.prod(shape[:-2]))], shape
+                )
+            if given.setdefault(key, 0) is not None:
+                arrays[key] = np.array(np.broadcast_to(given[key], shape), dtype)
+        self.parameters = tensors(arrays, xp)
 
     def __call__(self, X):
-        if self.name == "ddl":
-            return delta.delta(X, self.branch(X), X, **self.own, k_eps=1e-5, v_scale=4.0)
-        return FORMULAS[self.name](X, self.heads, self.own)
+        return self.function(X, **self.parameters, **self.keywords)
 
 
 LAYERS = {k: functools.partial(Heads, k) for k in HEADS}
-LAYERS |= {k: functools.partial(Layer, k) for k in (*FORMULAS, "ddl")}
+NAMES = "tost", "circulant", "prism", "pdssm", "monarch", "chela", "symmetric"
+LAYERS |= {k: functools.partial(Layer, k) for k in NAMES}

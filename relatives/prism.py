@@ -7,8 +7,7 @@
 
 Source: arXiv 2602.10796v2, Algorithm 1 and Eq. 9–18; none of its authors' programs computes this
 recurrence, and in one of them the writes never reach the output.  GELU is the exact one, with erf.
-Shapes: X (..., N, d), cw (d, taps), its last tap for the token itself, cb (d,), Wq, Wv, Wo (d, d),
-wa (d, 1), Wk, Wp (L, d, d), Wb (L, d, 1).  Cost: N L d², here N d³, as the d × d transitions are
+The last tap of cw is for the token itself.  Cost: N L d², here N d³, as the d × d transitions are
 formed.  Causal: only.  Assumes LayerNorm, a skip and a gate: k is not normalised, S grows.
 Beside OSA: a recurrence buys an order of time and pays with sequential code and no isometry; OSA
 buys the isometry and pays with causality.
@@ -18,7 +17,8 @@ import math
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, scan, shaped, sigmoid, silu, swap
+from relatives.ops import T, shaped, sigmoid, silu, swap
+from relatives.pdssm import scan
 
 
 def erf(x):
@@ -43,12 +43,10 @@ def gelu(x):
     return x * Phi(x)
 
 
+@shaped(X="... N d", cw="d taps", cb="d", Wq="d d", Wv="d d", wa="d 1", Wk="L d d", Wp="L d d",
+        Wb="L d 1", Wo="d d")  # fmt: skip
 def prism(X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo):
     """(..., N, d) by the formulas above."""
-    X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo = shaped(
-        X=(X, "... N d"), cw=(cw, "d taps"), cb=(cb, "d"), Wq=(Wq, "d d"), Wv=(Wv, "d d"),
-        wa=(wa, "d 1"), Wk=(Wk, "L d d"), Wp=(Wp, "L d d"), Wb=(Wb, "L d 1"), Wo=(Wo, "d d"),
-    )  # fmt: skip
     xp, (*batch, N, d), taps = array_module(X), X.shape, cw.shape[1]
     X = ag.concatenate([xp.zeros((*batch, taps - 1, d), X.dtype), X], axis=-2)
     U = silu(sum(X[..., i : i + N, :] * cw[:, i] for i in range(taps)) + cb)  # (..., N, d)

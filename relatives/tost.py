@@ -7,7 +7,7 @@
 Source: ToST, arXiv 2412.17810 and its code.  Causal: both sums run over n' ≤ n, and a learned
 `denom_bias` (h, N or longer, 1) is added to each w²/Σ w².  As in the code, Σ_n w² is at least
 1e-24 (a norm of 1e-12), in the causal form 1e-12.
-Shapes: X (..., N, d), W, Wo (d, d), temp (h, 1), bo (d,) or None.  Cost: N d beside X W and W_o.
+temp is τ, one for each of the h heads.  Cost: N d beside X W and W_o.
 Assumes pre-LayerNorm, a skip and LayerScale: it multiplies each entry of w by a number in (−1, 0).
 Beside OSA: two opposite ways to be linear in N, only to rescale what each token holds (TSSA), or
 only to move it (OSA).
@@ -22,14 +22,11 @@ cumsum = ag.operator(
 )
 
 
-def tssa(X, W, temp, Wo, bo=None, *, heads, causal=False, denom_bias=None):
+@shaped(X="... N d", W="d d", temp="h 1", Wo="d d", bo="d", denom_bias="h L 1")
+def tssa(X, W, temp, Wo, bo=None, *, causal=False, denom_bias=None):
     """(..., N, d) by the formulas above."""
-    X, W, temp, Wo, bo, denom_bias = shaped(
-        {"h": heads}, X=(X, "... N d"), W=(W, "d d"), temp=(temp, "h 1"), Wo=(Wo, "d d"),
-        bo=(bo, "d"), denom_bias=(denom_bias, "h L 1"),
-    )  # fmt: skip
     N, total = X.shape[-2], cumsum if causal else lambda a: a.sum(axis=-2, keepdims=True)
-    w = split_heads(X @ W, heads)  # (..., h, N, p)
+    w = split_heads(X @ W, len(temp.data))  # (..., h, N, p)
     w2 = w * w
     share = w2 / ag.maximum(total(w2), 1e-12 if causal else 1e-24)
     if denom_bias is not None:

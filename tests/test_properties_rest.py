@@ -258,7 +258,7 @@ def test_a_split_shares_out_each_image_at_most_once(rng, n, limit):
 
 
 CALLS = {
-    "softmax": softmax_forward,
+    "softmax": lambda a: softmax_forward(a, a, a),
     "layer norm": lambda a: layer_norm_forward(a, np.ones(2), np.ones(2)),
     "gain": lambda a: layer_norm_forward(np.ones((2, 2)), a, np.ones(2)),
     "bias": lambda a: layer_norm_forward(np.ones((2, 2)), np.ones(2), a),
