@@ -1,0 +1,222 @@
+"""OSA beside its relatives: at their start, trained under one budget, and their time.
+
+    python experiments/relatives.py [--quick]
+
+relatives_start.csv: attention layers alone, one on the other (width 32, 2 heads, ‖S‖₂ = 1 where
+there is an α), on 16 MNIST images of 16 tokens: after each of DEPTHS layers the norm as a share of
+the first, the mean cosine between two tokens of an image and, at JACOBIANS, the singular values of
+that layer's Jacobian for one image.
+relatives.csv: every arm of ARMS on every task of TASKS, skipless and with skips and LayerNorm; the
+rate of each is the one of RATES with the best validation accuracy (seed 100, relatives_tuning.csv);
+then come SEEDS runs, and only their test set counts.  Muon for what starts as an orthogonal matrix,
+AdamW for the rest; batches of 64.  Arm "ddl": softmax with the delta rule for a skip.
+relatives_time.csv: milliseconds forward and backward of one layer, one sequence of N tokens.
+relatives_rrae.csv: autoencoders of MNIST digits whose latent batch is truncated to rank k; mean
+squared error of test images as a share of their variance, beside PCA's of the same rank.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import time
+
+import common
+import recall
+
+ARMS = {name: {"attention": name} for name in (
+    "osa", "cayley", "fixed-orthogonal", "monarch", "identity", "softmax", "symmetric", "xsa",
+    "circulant", "hla2", "ahla", "chela", "tost", "prism", "pdssm",
+)}  # fmt: skip
+ARMS["ddl"] = {"attention": "softmax", "skip": "delta"}
+SETTINGS = {"skipless": {}, "skips, norm": {"skip": "add", "norm": True}}
+DATA = f"recall-{recall.HOPS}.npz"
+MNIST = {"data": "", "steps": 250, "limit_data": 16000, "shift": 1, "eta": "", "s_norm": 0.1}
+TASKS = {
+    "MNIST, 16 tokens": MNIST | {"patch": 7, "depth": 4},
+    "recall": {"data": DATA, "steps": 800, "limit_data": "", "shift": 0, "eta": 0.4, "s_norm": 1.0,
+               "patch": 4, "depth": 2},
+    "MNIST, 49 tokens": MNIST | {"patch": 4, "depth": 2, "steps": 200},
+}  # fmt: skip
+COMMON = {"width": 32, "heads": 2, "mlp_ratio": 2, "batch_size": 64, "warmup": 30, "epochs": 4}
+RATES, SEEDS = (0.003, 0.01, 0.03), 3
+DEPTHS, JACOBIANS = (1, 2, 4, 8, 16, 32), (1, 8)
+START = ("arm", "depth", "norm", "cosine", "sigma_min", "sigma_median", "sigma_max")
+LENGTHS, SLOWEST = (64, 256, 1024, 4096), 1.0  # seconds; beyond that no longer sequences
+RANKS = (2, 4, 8, 16)
+
+
+def training(folder, processes, quick=False):
+    """Rates, then seeds, task by task; a stopped experiment goes on where it was."""
+    data = common.ROOT / "runs" / DATA
+    recall.write_data(data, recall.HOPS)
+    for task, options in list(TASKS.items())[: 1 if quick else None]:
+        options = options | {"data": options["data"] and os.path.relpath(data)}
+        jobs = []
+        for arm in list(ARMS)[: 2 if quick else None]:
+            for setting, how in SETTINGS.items():
+                job = {"task": task, "arm": arm, "setting": setting, "skip": "none", "norm": False}
+                job |= COMMON | options | how | ARMS[arm] | ({"steps": 3} if quick else {})
+                rates = RATES[: 1 if quick else None]
+                jobs += [job | {"lr": lr, "seed": 100, "tuning": True} for lr in rates]
+        tuned = common.run_all(folder / "relatives_tuning.csv", jobs, processes)
+        best = functools.partial(common.best_rate, tuned, names=("arm", "setting"))
+        chosen = [job for job in jobs if str(job["lr"]) == best(job)]
+        seeds = range(1 if quick else SEEDS)
+        final = [job | {"seed": i, "tuning": False} for i in seeds for job in chosen]
+        common.run_all(folder / "relatives.csv", final, processes)
+
+
+def start():
+    """Rows START of every arm."""
+    import numpy as np
+    import propagation
+
+    import train
+    from autograd import Tensor, no_grad
+    from osa_minimal import calibrate_alpha
+    from training import data
+
+    x, rows = data.load().x_train[:16], []
+    for arm, options in ARMS.items():
+        config = train.Config(**options, width=32, mlp_ratio=2, depth=max(DEPTHS))
+        model = train.build(config, x.shape[1:], 10)
+        X = model.embed(data.standardise(x, *data.statistics(x))).data
+        first = np.linalg.norm(X)
+        for depth, (attention, _) in enumerate(model.layers, 1):
+            with no_grad(), np.errstate(all="ignore"):
+                if "alpha" in attention.parameters:
+                    Q, K, _ = np.split(attention.project(Tensor(X)).data, 3, axis=-1)
+                    attention.parameters["alpha"].data = calibrate_alpha(Q, K, 1.0)
+                Y = attention(Tensor(X)).data
+            norm = float(np.linalg.norm(Y.astype(float)) / first)
+            if not 1e-12 < norm < 1e12:
+                break
+            if depth in DEPTHS:
+                row = dict.fromkeys(START, "") | {"arm": arm, "depth": depth, "norm": norm}
+                row["cosine"] = propagation.token_statistics(Y)[0]
+                if depth in JACOBIANS:
+                    sigma = jacobian(attention, X[:1])
+                    row |= dict(zip(START[4:], (sigma[-1], float(np.median(sigma)), sigma[0])))
+                rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+            X = Y
+        print(arm, "started", flush=True)
+    return rows
+
+
+def jacobian(layer, X, chunk=64):
+    """The singular values, descending, of ∂ layer(X)/∂X for X (1, N, d)."""
+    import numpy as np
+
+    from autograd import Tensor
+
+    rows = []
+    for G in np.eye(X.size, dtype=X.dtype).reshape(-1, chunk, *X.shape[1:]):
+        leaf = Tensor(np.repeat(X, chunk, axis=0), requires_grad=True)
+        layer(leaf).backward(G)
+        rows.append(leaf.grad.reshape(chunk, X.size))
+    return np.linalg.svd(np.concatenate(rows).astype(float), compute_uv=False).tolist()
+
+
+def times(lengths):
+    """Rows {arm, tokens, milliseconds}, the median of five."""
+    import numpy as np
+
+    import relatives
+    from autograd import Tensor
+
+    rng, rows = np.random.default_rng(0), []
+    for arm in [arm for arm in ARMS if arm != "ddl"]:
+        for N in lengths:
+            kind, more = relatives.ATTENTION.get(arm), {}
+            if kind is None:
+                kind, more = relatives.LAYERS[arm], {"tokens": N}
+            layer, seconds = kind(32, 2, rng, **more), []
+            X, G = rng.standard_normal((2, 1, N, 32)).astype(np.float32)
+            for _ in range(6):
+                begin = time.process_time()
+                layer(Tensor(X, requires_grad=True)).backward(G)
+                seconds.append(time.process_time() - begin)
+            middle = statistics.median(seconds[1:])  # the first one draws a fixed matrix
+            rows.append({"arm": arm, "tokens": N, "milliseconds": f"{1e3 * middle:.3g}"})
+            if middle > SLOWEST or arm == "fixed-orthogonal" and N >= 1024:  # whose QR takes N³
+                break
+        print(arm, "timed", flush=True)
+    return rows
+
+
+def autoencoders(ranks, steps):
+    """Rows {hidden, k, error, pca}: linear (hidden 0) or with a hidden layer on either side."""
+    import numpy as np
+
+    import autograd as ag
+    from osa_minimal import random_orthogonal, tensors
+    from relatives.rrae import truncate
+    from training import data, optimizers
+
+    digits = data.load()
+    x, test = (a.reshape(len(a), -1) / np.float32(255) for a in (digits.x_train, digits.x_test))
+    mean = x.mean(axis=0)
+    x, test, rows = x[:10000] - mean, test[:2000] - mean, []
+    axes = np.linalg.svd(x, full_matrices=False)[2]
+    for hidden, k in [(hidden, k) for hidden in (0, 128) for k in ranks]:
+        rng, sizes = np.random.default_rng(0), [784, hidden, 32] if hidden else [784, 32]
+        sizes = [*zip(sizes, sizes[1:]), *zip(sizes[::-1], sizes[-2::-1])]
+        p = {str(i): random_orthogonal(n, m, rng) for i, (n, m) in enumerate(sizes)}
+        p |= {f"b{i}": np.zeros(m, np.float32) for i, (n, m) in enumerate(sizes)}
+        p, half = tensors(p, np), len(sizes) // 2
+
+        def part(X, which, p=p, half=half):  # linear, leaky ReLU, linear, or linear alone
+            for i in range(which * half, which * half + half):
+                X = ag.linear(X, p[str(i)], p[f"b{i}"])
+                X = X if i % half == half - 1 else ag.leaky_relu(X, 0.1)
+            return X
+
+        w, g = optimizers.flatten(p)
+        adam = optimizers.AdamW(p)
+        for t in range(steps):
+            X = x[rng.integers(0, len(x), 256)]
+            g[...] = 0
+            error = part(truncate(part(X, 0).transpose(), k).transpose(), 1) - X
+            (error * error).mean().backward()
+            adam.step(w, g, 0.003 * optimizers.schedule(t, steps, 20), t + 1)
+        with ag.no_grad():  # at test time: on the basis of the training images
+            basis = np.linalg.svd(part(x, 0).data, full_matrices=False)[2][:k]
+            error = part(part(test, 0).data @ basis.T @ basis, 1).data - test
+        pca = test - test @ axes[:k].T @ axes[:k]
+        share = [f"{(e**2).sum() / (test**2).sum():.4f}" for e in (error, pca)]
+        rows.append({"hidden": hidden, "k": k, "error": share[0], "pca": share[1]})
+        print("autoencoder", rows[-1], flush=True)
+    return rows
+
+
+def draw(folder):
+    pass
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="half a minute, into runs/quick")
+    parser.add_argument("--draw", action="store_true", help="figures from committed results")
+    args = parser.parse_args()
+    folder = common.ROOT / "runs" / "quick" if args.quick else common.RESULTS
+    measured = {
+        "start": start,
+        "time": lambda: times(LENGTHS[:2] if args.quick else LENGTHS),
+        "rrae": lambda: autoencoders(RANKS[:2] if args.quick else RANKS, 20 if args.quick else 600),
+    }
+    if not args.draw:
+        for name, measure in measured.items():
+            if not (path := folder / f"relatives_{name}.csv").exists():
+                rows = measure()
+                common.write(path, rows, list(rows[0]))
+                common.note(path)
+        training(folder, args.processes, args.quick)
+    draw(folder)
+
+
+if __name__ == "__main__":
+    main()
