@@ -1,7 +1,7 @@
 """CHELA, a reconstruction: short and long convolution, linear attention, a gate.
 
-Neither the authors' formulas nor their code could be had; this is what the published description
-says, with details in the manner of Mega that are ours, and no evidence about the authors' model:
+The authors' formulas and code could not be had; this is the published description, with details in
+the manner of Mega that are ours, and no evidence about the authors' model:
 
     U = depthwise convolution of X with k_long + k_short;   Z = SiLU(U)
     Q = Z ∘ g_q + b_q,  K = Z ∘ g_k + b_k,  V = SiLU(X W_v + b_v),   O = Q (Kᵀ V)/N
@@ -25,9 +25,10 @@ from relatives.ops import shaped, silu
         Wg="d d", bg="d", Wo="d d", bo="d")  # fmt: skip
 def chela(X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo, *, causal=False):
     """(..., N, d) by the formulas above."""
-    xp, (d, lags), taps, N = array_module(X), kl.shape, ks.shape[1], X.shape[-2]
-    if lags != (N if causal else 2 * N - 1):
-        raise ValueError(f"kl must have {N if causal else 2 * N - 1} lags, got shape {kl.shape}")
+    xp, N, d, taps = array_module(X), *X.shape[-2:], ks.shape[1]
+    lags = N if causal else 2 * N - 1
+    if kl.shape[1] != lags:
+        raise ValueError(f"kl must have {lags} lags, got shape {kl.shape}")
     if taps > lags or not (causal or taps % 2):
         raise ValueError(f"ks must have an odd number of taps up to {lags}, got shape {ks.shape}")
     kernel = kl + ks @ xp.eye(taps, lags, 0 if causal else N - 1 - taps // 2, dtype=X.dtype)

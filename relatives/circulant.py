@@ -44,13 +44,11 @@ def correlate(a, b, grid):
 @shaped(X="... N d", Wqkv="d 3d", Wg="d d", bg="d", Wo="d d", bo="d")
 def circulant(X, Wqkv, Wg, bg, Wo, bo, grid):
     """(..., N, d) by the formulas above; grid: (rows, columns), or one side."""
-    N, d = X.shape[-2:]
-    rows, columns = (int(n) for n in np.broadcast_to(grid, 2))
-    if rows < 1 or rows * columns != N:
-        raise ValueError(f"grid must hold the {N} tokens, got {rows} x {columns}")
-    F = X @ Wqkv
-    q, k, v = F[..., :d], F[..., d : 2 * d], F[..., 2 * d :]
-    a = correlate(q, k, (rows, columns)) * N**-0.5  # (..., N, d), one weight per offset
-    w = T(ag.softmax(T(a)))
-    y = correlate(w, v, (rows, columns))
+    (N, d), grid = X.shape[-2:], tuple(np.broadcast_to(grid, 2).tolist())
+    if grid[0] < 1 or grid[0] * grid[1] != N:
+        raise ValueError(f"grid must hold the {N} tokens, got {grid[0]} x {grid[1]}")
+    qkv = X @ Wqkv
+    q, k, v = (qkv[..., i : i + d] for i in (0, d, 2 * d))
+    a = correlate(q, k, grid) * N**-0.5  # (..., N, d), one weight per offset
+    y = correlate(T(ag.softmax(T(a))), v, grid)
     return (y * silu(X @ Wg + bg)) @ Wo + bo

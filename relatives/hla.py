@@ -6,12 +6,10 @@ With W = Q Kᵀ, and for causal=True W = L ∘ Q Kᵀ, L lower triangular with i
     causal: ((W Wᵀ) ∘ L)V,   ((W W) ∘ L)V,   ((W Wᵀ) ∘ L)(W V)
     normalise = ε: divided by the same with V replaced by ones, plus ε
 
-Source: arXiv 2510.27258, no code; scores without 1/√d.  Each is a linear attention of linear
-attentions, lin(Q, K, V) = W V; for hla2 the paper has a difference of two sums instead, for hla3
-Algorithm 3, another operator: it keeps only the index triples whose largest index occurs twice.
-Its decay γ is left out: section 4.3 and its associative operator contradict each other.
-Cost: N d (d + m), state d (d + m).
-Causal: both.  Assumes skip and norm: degree 5 (hla3: 7) in X.
+Source: arXiv 2510.27258, no code; scores without 1/√d.  Here each is a linear attention of linear
+attentions, lin(Q, K, V) = W V.  Its Algorithm 3 is another operator than hla3: it keeps the index
+triples whose largest index occurs twice.  Its decay γ, in two forms that disagree, is left out.
+Cost: N d (d + m).  Causal: both.  Assumes skip and norm: degree 5 (hla3: 7) in X.
 Beside OSA: the same d × d Gram matrices, but a polynomial of the scores needs its scale from
 outside, while the exponential of the antisymmetric part brings its own.
 """

@@ -15,9 +15,7 @@ from relatives import chela, circulant, hla, monarch, pdssm, prism, tost
 from relatives.cayley import cayley
 from relatives.reduced import reduced
 
-# name: O from Q, K, V (B, h, N, d_v) and α (h, 1, 1), the same α as in OSA's S.  The powers of N
-# keep the first layer's output about the size of V.
-HEADS = {
+HEADS = {  # O from Q, K, V (B, h, N, d_v) and the α (h, 1, 1) of OSA's S; 1/N² for the size of V
     "cayley": lambda Q, K, V, a: cayley(Q, K, V, a * (2 * math.sqrt(Q.shape[-2]))),
     "hla2": lambda Q, K, V, a: hla.hla2(Q, K, V * Q.shape[-2] ** -2.0),
     "ahla": lambda Q, K, V, a: hla.ahla(Q, K, V * Q.shape[-2] ** -2.0),
@@ -25,11 +23,11 @@ HEADS = {
 
 
 def recipes(d, h, N, U):
-    """{name: (function, sizes of its weights beside d and h, other arguments)}: all weights are
-    orthogonal (matrices) or 0 (vectors) but those given as arguments; None leaves one out."""
+    """{name: (function, sizes of its weights beside d and h, arguments)}: matrices are orthogonal,
+    vectors 0, where no argument says otherwise; None leaves a weight out."""
     rows = max(n for n in range(1, math.isqrt(N) + 1) if N % n == 0)
-    columns, n = N // rows, d // 2  # the squarest grid of the tokens; states of PD-SSM
-    blocks = {"k": rows, "q": columns, "p": columns, "l": columns, "s": rows, "r": rows}
+    grid, n = (rows, N // rows), d // 2  # the squarest grid of the tokens; states of PD-SSM
+    blocks = dict(zip("ksrqpl", (rows, rows, rows, N // rows, N // rows, N // rows)))
     gate = {"Wg": 0, "bg": 1.27846454}  # SiLU of which is 1: open
     Wqkv, Wk = np.hstack([U(d, d), U(d, d), U(d, d)]), [U(d, d), U(d, d)] / np.sqrt(d)  # |k| = 1
     B = U(d, d)  # [B_re, B_im] orthogonal and C = Bᴴ: a token reads itself unchanged
@@ -38,11 +36,7 @@ def recipes(d, h, N, U):
     alone = gate | {"kl": 0, "ks": (0, 1, 0), "gq": 1, "gk": 1}  # each token convolved to itself
     return {
         "tost": (tost.tssa, {}, {"temp": 1, "denom_bias": None}),
-        "circulant": (
-            circulant.circulant,
-            {"3d": 3 * d},
-            gate | {"Wqkv": Wqkv, "grid": (rows, columns)},
-        ),
+        "circulant": (circulant.circulant, {"3d": 3 * d}, gate | {"Wqkv": Wqkv, "grid": grid}),
         "prism": (prism.prism, {"taps": 3, "L": 2}, {"cw": (0, 0, 1), "wa": 0, "Wk": Wk}),
         "pdssm": (pdssm.pdssm, {"H": d, "K": 6, "n": n}, states),
         "monarch": (monarch.monarch, blocks, {}),
@@ -69,21 +63,17 @@ class Layer:
     """The function of a recipe with its weights."""
 
     def __init__(self, name, d, heads, rng, xp=np, dtype=np.float32, *, tokens):
-        def U(n, m):
-            return random_orthogonal(n, m, rng, np.float64)
-
+        U = functools.partial(random_orthogonal, rng=rng, dtype=np.float64)
         self.function, sizes, given = recipes(d, heads, tokens, U)[name]
-        shapes, sizes = dict(self.function.shapes), {"1": 1, "d": d, "h": heads} | sizes
-        self.keywords, arrays = {k: given[k] for k in given.keys() - shapes.keys()}, {}
-        for key, letters in list(shapes.items())[1:]:  # all but X
+        sizes, weights, self.keywords = {"1": 1, "d": d, "h": heads} | sizes, {}, dict(given)
+        for key, letters in list(self.function.shapes.items())[1:]:  # all but X
             shape = [sizes.get(x) for x in letters.split()]
+            w = self.keywords.pop(key, 0)
             if key not in given and len(shape) > 1:
-                given[key] = np.reshape(
-                    [U(*shape[-2:]) for _ in range(math.prod(shape[:-2]))], shape
-                )
-            if given.setdefault(key, 0) is not None:
-                arrays[key] = np.array(np.broadcast_to(given[key], shape), dtype)
-        self.parameters = tensors(arrays, xp)
+                w = np.reshape([U(*shape[-2:]) for _ in range(math.prod(shape[:-2]))], shape)
+            if w is not None:
+                weights[key] = np.array(np.broadcast_to(w, shape), dtype)
+        self.parameters = tensors(weights, xp)
 
     def __call__(self, X):
         return self.function(X, **self.parameters, **self.keywords)

@@ -40,7 +40,7 @@ def _fitting(name, a, letters, sizes):
         shape = shape[:batch], *shape[batch:]
     sizes |= {x: int(x[0]) * sizes.get(x[1:], 1) for x in letters if x[0].isdigit()}
     known = ", ".join(f"{x} = {n}" for x, n in sizes.items() if x in letters and x != "1")
-    fits = len(shape) == len(letters) and a.size
+    fits = len(shape) == len(letters) and 0 not in shape
     if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape)):
         needed = f"({', '.join(letters)})" + (known and f" with {known}")
         raise ValueError(f"{name} must be {needed}, got shape {a.shape}")

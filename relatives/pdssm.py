@@ -20,7 +20,6 @@ import autograd as ag
 from autograd import array_module
 from relatives.ops import T, shaped, sigmoid
 
-cos = ag.operator(lambda a: (array_module(a).cos(a), a), lambda g, a: [-g * array_module(a).sin(a)])
 sin = ag.operator(lambda a: (array_module(a).sin(a), a), lambda g, a: [g * array_module(a).cos(a)])
 
 
@@ -62,7 +61,7 @@ def pdssm(x, Sel, Pd, W1m, b1m, W1p, b1p, Bre, Bim, Cre, Cim, Dsk):
     M = (ag.softmax(x @ Sel) @ Pd.reshape(K, n * n)).reshape(*x.shape[:-1], n, n)
     Pt = straight_through(ag.softmax(T(M)))  # Pᵀ: rows are sources
     size, phase = sigmoid(x @ W1m + b1m), sigmoid(x @ W1p + b1p) * (2 * math.pi)
-    re, im = ((size * f(phase))[..., None] * Pt for f in (cos, sin))  # (D P)ᵀ
+    re, im = ((size * sin(phase + a))[..., None] * Pt for a in (math.pi / 2, 0.0))  # (D P)ᵀ
     A = ag.concatenate([ag.concatenate([re, im]), ag.concatenate([im * -1.0, re])], axis=-2)
     b = x @ ag.concatenate([Bre, Bim])  # rows [Re, Im] (..., N, 2n)
     h = scan(A, b[..., None, :])[..., 0, :]

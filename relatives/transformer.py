@@ -7,34 +7,17 @@ neither the skipless network of `osa_minimal`; with skip="delta" x + y is replac
 import numpy as np
 
 import autograd as ag
-from autograd import array_module
 from osa_minimal import SkiplessTransformer, tensors
 from relatives.delta import DeltaSkip
+from relatives.ops import shaped
 
 
-def layer_norm_forward(X, gain, bias, eps=1e-5):
+@shaped(X="... d", gain="d", bias="d")
+def layer_norm(X, gain, bias, eps=1e-5):
     """gain ∘ X̂ + bias, X̂ = (X − mean)/√(variance + eps) over the last axis."""
-    xp = array_module(X, gain, bias)
-    if not X.shape[-1:] == gain.shape == bias.shape != (0,):
-        got = f"{X.shape}, {gain.shape}, {bias.shape}"
-        raise ValueError(f"layer_norm needs (..., d), (d,), (d,), got {got}")
     centred = X - X.mean(axis=-1, keepdims=True)
-    centred -= centred.mean(axis=-1, keepdims=True)  # what rounding left of a large mean
-    scale = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
-    centred *= scale  # X̂
-    return centred * gain + bias, (centred, scale, gain)
-
-
-def layer_norm_backward(dY, saved):
-    """dX = scale (D − mean(D) − X̂ mean(D ∘ X̂)) with D = dY ∘ gain."""
-    Xhat, scale, gain = saved
-    D, rows = dY * gain, tuple(range(dY.ndim - 1))
-    dX = D - D.mean(axis=-1, keepdims=True) - Xhat * (D * Xhat).mean(axis=-1, keepdims=True)
-    dX *= scale
-    return dX, ag.total(dY * Xhat, axis=rows), ag.total(dY, axis=rows)
-
-
-layer_norm = ag.operator(layer_norm_forward, layer_norm_backward)
+    variance = (centred * centred).mean(axis=-1, keepdims=True)
+    return centred / ag.sqrt(variance + eps) * gain + bias
 
 
 class LayerNorm:
