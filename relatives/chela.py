@@ -7,9 +7,8 @@ the manner of Mega that are ours, and no evidence about the authors' model:
     Q = Z ∘ g_q + b_q,  K = Z ∘ g_k + b_k,  V = SiLU(X W_v + b_v),   O = Q (Kᵀ V)/N
     out = (O ∘ SiLU(Z W_g + b_g)) W_o + b_o           causal: o_t = q_tᵀ Σ_{s≤t} k_s v_sᵀ/t
 
-Source of the idea: arXiv 2406.08128.
-Kernels: kl for the lags −(N−1) … N−1, causal 0 … N−1; ks centred on lag 0, its number of taps odd,
-causal lags 0 … taps − 1.
+Source of the idea: arXiv 2406.08128.  kl is for the lags −(N−1) … N−1, causal 0 … N−1; ks, of odd
+length, for those around 0, causal 0 … taps − 1.
 Cost: N log N · d + N d².  Causal: both.  Assumes a gated residual around it.
 Beside OSA: position by a convolution, content by a rank-d product, and nothing controls the norm.
 """

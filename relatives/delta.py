@@ -6,8 +6,8 @@ The state x (N, d) meets the output k̃ of a branch (attention or MLP), which re
     x ← x + β k (v − kᵀx) = (I − β k kᵀ) x + β k v
 
 Source: arXiv 2601.00417 and its code, which squashes v (v_scale 4) where the paper does not (None).
-Left out: its states of several values a feature.
-Cost: N d, token by token, causal as its branch.  Assumes RMSNorm before the branch, c = RMSNorm(x).
+Left out: its states of several values a feature.  Cost: N d, token by token; causal as its branch.
+Assumes RMSNorm before the branch, c = RMSNorm(x).
 Beside OSA: a rank-one update of the features, orthogonal at β = 0 and 2 only (eigenvalue 1 − β),
 where OSA's is an orthogonal rank-2d update of the tokens.
 """

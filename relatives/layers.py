@@ -1,8 +1,8 @@
 """The relatives as layers of a network, X (B, N, d) -> (B, N, d), built as `MultiHeadOSA` is.
 
 `LAYERS[name](d, heads, rng, xp, dtype, tokens=N)`; each starts as near to orthogonal as its formula
-allows.  Tokens come row by row: "prism" and "pdssm" read them in this order, the others, also those
-that have a causal form, see all at once.
+allows.  "prism" and "pdssm" read the tokens in order, row by row; the others see all at once, also
+those that have a causal form.
 """
 
 import functools
@@ -35,7 +35,7 @@ def recipes(d, h, N, U):
     states |= {"Cre": B[:, :n].T, "Cim": -B[:, n : 2 * n].T}
     alone = gate | {"kl": 0, "ks": (0, 1, 0), "gq": 1, "gk": 1}  # each token convolved to itself
     return {
-        "tost": (tost.tssa, {}, {"temp": 1, "denom_bias": None}),
+        "tost": (tost.tssa, {}, {"temp": 1}),
         "circulant": (circulant.circulant, {"3d": 3 * d}, gate | {"Wqkv": Wqkv, "grid": grid}),
         "prism": (prism.prism, {"taps": 3, "L": 2}, {"cw": (0, 0, 1), "wa": 0, "Wk": Wk}),
         "pdssm": (pdssm.pdssm, {"H": d, "K": 6, "n": n}, states),
@@ -54,9 +54,9 @@ class Heads(MultiHeadOSA):
         if name != "cayley":
             del self.parameters["alpha"]
 
-    def attend(self, F):
-        d_v = F.shape[-1] // 3
-        return self.formula(F[..., :d_v], F[..., d_v : 2 * d_v], F[..., 2 * d_v :], self.alpha)
+    def attend(self, QKV):
+        d_v = QKV.shape[-1] // 3
+        return self.formula(*(QKV[..., i : i + d_v] for i in (0, d_v, 2 * d_v)), self.alpha)
 
 
 class Layer:

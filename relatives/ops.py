@@ -1,7 +1,4 @@
-"""What several relatives share: named shapes, heads, activations.
-
-Each operation stands beside its vector-Jacobian product (VJP), as in autograd.py.
-"""
+"""What several relatives share: named shapes, heads, activations."""
 
 import functools
 import inspect
@@ -83,3 +80,9 @@ sigmoid = ag.operator(_sigmoid, lambda g, s: [g * s * (1 - s)])  # 1/(1 + e^{−
 def silu(a):
     """a σ(a)"""
     return a * sigmoid(a)
+
+
+cumsum = ag.operator(  # over the tokens, (..., N, m)
+    lambda a: (a.cumsum(axis=-2), None),
+    lambda g, _: [g[..., ::-1, :].cumsum(axis=-2)[..., ::-1, :]],
+)

@@ -1,14 +1,13 @@
 """PD-SSM: a state-space model whose transitions are a permutation-like matrix times a diagonal one.
 
-    s = softmax(x Sel) (K,),   M = Σ_k s_k Pd[k] (n, n),   P = softmax of each column of M, hardened
-    to a single 1;   D = σ(x W_m + b_m) e^{iφ},   φ = 2π σ(x W_p + b_p)
+    s = softmax(x Sel) (K,),   M = Σ_k s_k Pd[k] (n to, n from),   P = softmax of each column of M,
+    hardened to a single 1;   D = σ(x W_m + b_m) e^{iφ},   φ = 2π σ(x W_p + b_p)
     h_t = P_t (D_t ∘ h_{t−1}) + x_t (B_re + i B_im) ∈ ℂⁿ from h = 0
     y_t = Re(h_t (C_re + i C_im)) + x_t ∘ D_sk
 
 Source: arXiv 2509.22284 and its JAX code; its torch code hardens the other axis, another operator.
 Straight through: the gradient of the hardened P is taken as that of the soft one.
-The rows of each Pd[k] are destinations.  Cost: N K n² for M; the recurrence N n, here N n², as the
-transitions are formed.  Causal: only.
+Cost: N K n² for M; the recurrence N n, here N n², as the transitions are formed.  Causal: only.
 Assumes a norm behind it; its own code has no skip.
 Beside OSA: products of mixing matrices stay bounded because each is sparse (1-norm max |D| < 1, and
 columns may merge), where OSA's stay orthogonal because each is a rotation.

@@ -2,9 +2,8 @@
 
     O = softmax(Q Kᵀ/√d) V, each row over all keys, or over those up to the token itself
 
-Source: Vaswani et al., arXiv 1706.03762.
-Cost: N² (d + m).  Causal: both.  Assumes a skip and norm: A is positive with rows of sum 1, it
-averages, and without skips it turns all tokens into one, layer by layer.
+Source: Vaswani et al., arXiv 1706.03762.  Cost: N² (d + m).  Causal: both.
+Assumes a skip and norm: an average, without skips it turns all tokens into one, layer by layer.
 Beside OSA: rows that sum to one (1 is a right eigenvector) against rows that are orthonormal.
 """
 
@@ -45,9 +44,9 @@ def softmax(Q, K, V, *, causal=False):
     return ag.operator(lambda *QKV: softmax_forward(*QKV, causal), softmax_backward)(Q, K, V)
 
 
-# The same for a layer, from F = [Q, K, V] (B, h, N, 3 d_v) in one array.
+# The same for a layer, of [Q, K, V] (B, h, N, 3 d_v) in one array.
 softmax_attention = ag.operator(
-    lambda F: softmax_forward(*array_module(F).split(F, 3, axis=-1)),
+    lambda QKV: softmax_forward(*array_module(QKV).split(QKV, 3, axis=-1)),
     lambda dO, saved: [array_module(dO).concatenate(softmax_backward(dO, saved), axis=-1)],
 )
 
@@ -64,5 +63,5 @@ class Softmax(MultiHeadOSA):
             super().__init__(d, heads, rng, xp, dtype)
             del self.parameters["alpha"]
 
-    def attend(self, F):
-        return softmax_attention(F)
+    def attend(self, QKV):
+        return softmax_attention(QKV)

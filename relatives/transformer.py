@@ -24,8 +24,8 @@ class LayerNorm:
     """Layer normalisation over the width; its parameters are `name`.gain and `name`.bias."""
 
     def __init__(self, name, d, xp, dtype):
-        arrays = {f"{name}.gain": np.ones(d, dtype), f"{name}.bias": np.zeros(d, dtype)}
-        self.parameters = tensors(arrays, xp)
+        one = np.ones(d, dtype)
+        self.parameters = tensors({f"{name}.gain": one, f"{name}.bias": 0 * one}, xp)
 
     def __call__(self, X):
         return layer_norm(X, *self.parameters.values())

@@ -29,5 +29,5 @@ def xsa(Q, K, V, *, causal=False):
 class XSA(Softmax):
     """The paper's layer with exclusive self-attention."""
 
-    def attend(self, F):
-        return exclude(softmax_attention(F), F[..., 2 * (F.shape[-1] // 3) :])
+    def attend(self, QKV):
+        return exclude(softmax_attention(QKV), QKV[..., 2 * (QKV.shape[-1] // 3) :])

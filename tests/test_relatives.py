@@ -169,14 +169,14 @@ def cayley_dense(Q, K, V, eps):
     return np.linalg.inv(I - Z / 2) @ (I + Z / 2) @ V
 
 
-def tssa_causal_loops(X, W, temp, Wo, denom_bias):
+def tssa_causal_loops(X, W, temp, Wo):
     h, N = len(temp), len(X)
     w = np.stack(np.split(X @ W, h, axis=1))  # (h, N, p)
     m = np.zeros((h, N))
     for t in range(N):
         for i in range(h):
             norm = (w[i, : t + 1] ** 2).sum(axis=0)
-            m[i, t] = temp[i, 0] * sum(w[i, t] ** 2 / norm + denom_bias[i, t, 0])
+            m[i, t] = temp[i, 0] * sum(w[i, t] ** 2 / norm)
     Pi = np.exp(m) / np.exp(m).sum(axis=0)
     O = np.zeros((N, 0))
     for i in range(h):
@@ -313,9 +313,9 @@ OTHERS = {
     "cayley short": (cayley, cayley_dense, gaussian(*SHORT, ()), 3, {}),
     "cayley one token": (cayley, cayley_dense, gaussian(*ONE, ()), 3, {}),
     "tssa causal": (
-        lambda *a: tssa(*a[:4], causal=True, denom_bias=a[4]),
+        lambda *a: tssa(*a, causal=True),
         tssa_causal_loops,
-        gaussian((5, 6), (6, 6), (3, 1), (6, 6), (3, 9, 1)),
+        gaussian((5, 6), (6, 6), (3, 1), (6, 6)),
         1,
         {},
     ),
@@ -564,9 +564,6 @@ def test_wrong_calls_are_told_what_is_allowed(rng):
     b = np.zeros(4)
     calls = {
         "heads must divide": lambda: tssa(X, W, np.ones((3, 1)), W),
-        "denom_bias must be for 6": lambda: tssa(
-            X, W, np.ones((2, 1)), W, denom_bias=np.ones((2, 5, 1))
-        ),
         "grid must hold the 6": lambda: circulant(X, np.ones((4, 12)), W, b, W, b, (2, 2)),
         "W1 must be .* k p = 6": lambda: monarch(X, np.ones((2, 2, 2)), np.ones((2, 2, 2))),
         "W2 must be .* k q = 6": lambda: monarch(X, np.ones((2, 3, 3)), np.ones((2, 2, 2))),
