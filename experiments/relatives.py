@@ -190,8 +190,83 @@ def autoencoders(ranks, steps):
     return rows
 
 
+def accuracies(folder):
+    """{(task, setting, arm): (test accuracies in %, the rate)} of what has run."""
+    found = {}
+    for row in common.read(folder / "relatives.csv"):
+        key = row["task"], row["setting"], row["arm"]
+        found.setdefault(key, ([], row["lr"]))[0].append(100 * float(row["test"]))
+    return found
+
+
+def table(folder):
+    """The measured table of relatives/README.md, in Markdown."""
+    columns = [(task, setting) for task in TASKS for setting in SETTINGS]
+    start, found = common.read(folder / "relatives_start.csv"), accuracies(folder)
+    for arm in ARMS:
+        rows = {row["depth"]: row for row in start if row["arm"] == arm}
+        last = rows.get("8")
+        cells = [arm, last["norm"] if last else "overflow", last["cosine"] if last else "–"]
+        cells += [rows["1"][name] for name in START[4:]]
+        for task, setting in columns:
+            test, _ = found.get((task, setting, arm), ([], ""))
+            right = [x for x in test if x == x]
+            spread = f" ± {statistics.stdev(right):.1f}" if len(right) > 1 else ""
+            lost = f" ({len(test) - len(right)} diverged)" if 0 < len(right) < len(test) else ""
+            text = f"{statistics.mean(right):.1f}{spread}{lost}" if right else "diverges"
+            cells.append(text if test else "")
+        print("|", " | ".join(cells), "|")
+
+
 def draw(folder):
-    pass
+    """relatives_start.png: what a layer does at its start; relatives.png: accuracy and time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    looks = {arm: {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
+             for i, arm in enumerate(ARMS)}  # fmt: skip
+    start = common.read(folder / "relatives_start.csv")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
+    for i, arm in enumerate(ARMS):
+        rows = [row for row in start if row["arm"] == arm]
+        depths = [int(row["depth"]) for row in rows]
+        for axis, name in zip(axes, ("norm", "cosine")):
+            y = [float(row[name]) for row in rows]
+            axis.plot(depths, y, marker=".", label=arm, **looks[arm])
+        low, middle, high = (max(1e-6, float(rows[0][name])) for name in START[4:])
+        axes[2].plot([low, high], [-i, -i], color=looks[arm]["color"], lw=3)
+        axes[2].plot(middle, -i, "ko", ms=4)
+    axes[0].set(yscale="log", ylim=(1e-11, 1e9), ylabel="norm of the tokens, share of the first")
+    axes[1].set(ylabel="mean cosine between two tokens")
+    for axis in axes[:2]:
+        axis.set(xscale="log", xlabel="attention layers", xticks=DEPTHS, xticklabels=DEPTHS)
+    axes[2].set_yticks([-i for i in range(len(ARMS))], list(ARMS))
+    axes[2].set(xscale="log", xlabel="singular values of a layer's Jacobian (≥ 1e-6), median")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+    figure.savefig(folder / "relatives_start.png", dpi=110)
+
+    figure, axes = plt.subplots(1, 4, figsize=(15, 5.2), layout="constrained")
+    for axis, task in zip(axes, TASKS):
+        for setting, marker, colour in zip(SETTINGS, "os", ("C0", "C1")):
+            for i, arm in enumerate(ARMS):
+                test = accuracies(folder).get((task, setting, arm), ([], ""))[0]
+                label = setting if i == 0 else None
+                y = [-i + (0.15 if setting == "skipless" else -0.15)] * len(test)
+                axis.plot(test, y, marker, color=colour, ms=5, alpha=0.7, label=label)
+        axis.set_yticks([-i for i in range(len(ARMS))], list(ARMS) if axis is axes[0] else [])
+        axis.set(xlabel="test accuracy, %", title=task, ylim=(-len(ARMS) + 0.5, 0.5))
+    axes[0].legend()
+    for arm in ARMS:
+        rows = [row for row in common.read(folder / "relatives_time.csv") if row["arm"] == arm]
+        x, y = ([float(row[name]) for row in rows] for name in ("tokens", "milliseconds"))
+        axes[3].loglog(x, y, marker=".", label=arm, **looks[arm])
+    axes[3].set(xlabel="tokens N", title="a layer, there and back, ms")
+    figure.legend(*axes[3].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "relatives.png", dpi=110)
 
 
 def main():
@@ -216,6 +291,7 @@ def main():
                 common.note(path)
         training(folder, args.processes, args.quick)
     draw(folder)
+    table(folder)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ outside, while the exponential of the antisymmetric part brings its own.
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, cumsum, shaped
+from relatives.ops import T, shaped
+
+cumsum = ag.operator(  # over the tokens, (..., N, m)
+    lambda a: (a.cumsum(axis=-2), None),
+    lambda g, _: [g[..., ::-1, :].cumsum(axis=-2)[..., ::-1, :]],
+)
 
 
 def linear_attention(Q, K, V, causal=False):

@@ -11,12 +11,10 @@ import math
 import numpy as np
 
 from osa_minimal import MultiHeadOSA, random_orthogonal, tensors
-from relatives import chela, circulant, hla, monarch, pdssm, prism, tost
-from relatives.cayley import cayley
-from relatives.reduced import reduced
+from relatives import cayley, chela, circulant, hla, monarch, pdssm, prism, reduced, tost
 
 HEADS = {  # O from Q, K, V (B, h, N, d_v) and the α (h, 1, 1) of OSA's S; 1/N² for the size of V
-    "cayley": lambda Q, K, V, a: cayley(Q, K, V, a * (2 * math.sqrt(Q.shape[-2]))),
+    "cayley": lambda Q, K, V, a: cayley.cayley(Q, K, V, a * (2 * math.sqrt(Q.shape[-2]))),
     "hla2": lambda Q, K, V, a: hla.hla2(Q, K, V * Q.shape[-2] ** -2.0),
     "ahla": lambda Q, K, V, a: hla.ahla(Q, K, V * Q.shape[-2] ** -2.0),
 }
@@ -30,9 +28,10 @@ def recipes(d, h, N, U):
     blocks = dict(zip("ksrqpl", (rows, rows, rows, N // rows, N // rows, N // rows)))
     gate = {"Wg": 0, "bg": 1.27846454}  # SiLU of which is 1: open
     Wqkv, Wk = np.hstack([U(d, d), U(d, d), U(d, d)]), [U(d, d), U(d, d)] / np.sqrt(d)  # |k| = 1
-    B = U(d, d)  # [B_re, B_im] orthogonal and C = Bᴴ: a token reads itself unchanged
-    states = {"Bre": B[:, :n], "Bim": B[:, n : 2 * n]}
-    states |= {"Cre": B[:, :n].T, "Cim": -B[:, n : 2 * n].T}
+    re, im = np.split(
+        U(d, d)[:, : 2 * n], 2, axis=1
+    )  # orthogonal, and C = Bᴴ: a token reads itself
+    states = {"Bre": re, "Bim": im, "Cre": re.T, "Cim": -im.T}
     alone = gate | {"kl": 0, "ks": (0, 1, 0), "gq": 1, "gk": 1}  # each token convolved to itself
     return {
         "tost": (tost.tssa, {}, {"temp": 1}),
@@ -41,7 +40,7 @@ def recipes(d, h, N, U):
         "pdssm": (pdssm.pdssm, {"H": d, "K": 6, "n": n}, states),
         "monarch": (monarch.monarch, blocks, {}),
         "chela": (chela.chela, {"lags": 2 * N - 1, "taps": 3}, alone),
-        "symmetric": (reduced, {}, {"Wk": None, "Wqk": None, "T_": None, "heads": h}),
+        "symmetric": (reduced.reduced, {}, {"Wk": None, "Wqk": None, "T_": None, "heads": h}),
     }
 
 
@@ -80,5 +79,5 @@ class Layer:
 
 
 LAYERS = {k: functools.partial(Heads, k) for k in HEADS}
-NAMES = "tost", "circulant", "prism", "pdssm", "monarch", "chela", "symmetric"
-LAYERS |= {k: functools.partial(Layer, k) for k in NAMES}
+for k in ("tost", "circulant", "prism", "pdssm", "monarch", "chela", "symmetric"):
+    LAYERS[k] = functools.partial(Layer, k)

@@ -10,7 +10,7 @@ Assumes a skip and norm as published; with orthogonal blocks neither.
 Beside OSA: the isometry that looks at no data; a task it does as well on needs no attention.
 """
 
-from relatives.ops import shaped, swap
+from relatives.ops import T, shaped
 
 
 @shaped(X="... N c", W1="k q p", W2="l s r")
@@ -22,5 +22,5 @@ def monarch(X, W1, W2):
     if l * r != k * q:
         raise ValueError(f"W2 must be (l, s, r) with l r = k q = {k * q}, got {W2.shape}")
     z = W1 @ X.reshape(*batch, k, p, c)  # (k, q, p) x (..., k, p, c) -> (..., k, q, c)
-    z = swap(z.reshape(*batch, r, l, c))  # (..., l, r, c)
-    return swap(W2 @ z).reshape(*batch, l * s, c)
+    z = T(z.reshape(*batch, r, l, c), -3, -2)  # (..., l, r, c)
+    return T(W2 @ z, -3, -2).reshape(*batch, l * s, c)

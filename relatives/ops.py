@@ -36,36 +36,32 @@ def _fitting(name, a, letters, sizes):
     if letters[0] == "..." and batch >= 0:
         shape = shape[:batch], *shape[batch:]
     sizes |= {x: int(x[0]) * sizes.get(x[1:], 1) for x in letters if x[0].isdigit()}
-    known = ", ".join(f"{x} = {n}" for x, n in sizes.items() if x in letters and x != "1")
+    known = "".join(f", {x} = {n}" for x, n in sizes.items() if x in letters and x != "1")
     fits = len(shape) == len(letters) and 0 not in shape
     if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape)):
-        needed = f"({', '.join(letters)})" + (known and f" with {known}")
-        raise ValueError(f"{name} must be {needed}, got shape {a.shape}")
+        raise ValueError(f"{name} must be ({', '.join(letters)}){known}, got shape {a.shape}")
     if a.dtype != sizes.setdefault("dtype", a.dtype) or a.dtype.name not in ("float32", "float64"):
         raise TypeError(f"{name} must be float32 or float64, as all the others, got {a.dtype}")
     return a
 
 
-def T(X):
-    """The last two axes exchanged, of a Tensor or an array."""
-    return X.transpose(*range(X.ndim - 2), X.ndim - 1, X.ndim - 2)
-
-
-def swap(X):
-    """(..., a, b, c) -> (..., b, a, c)"""
-    return X.transpose(*range(X.ndim - 3), X.ndim - 2, X.ndim - 3, X.ndim - 1)
+def T(X, i=-2, j=-1):
+    """Two axes exchanged, by default the last two, of a Tensor or an array."""
+    axes = list(range(X.ndim))
+    axes[i], axes[j] = axes[j], axes[i]
+    return X.transpose(*axes)
 
 
 def split_heads(X, heads):
     """(..., N, d) -> (..., h, N, d/h)"""
     if heads < 1 or X.shape[-1] % heads:
         raise ValueError(f"heads must divide the width: {heads} heads, width {X.shape[-1]}")
-    return swap(X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads))
+    return T(X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads), -3, -2)
 
 
 def join_heads(X):
     """(..., h, N, p) -> (..., N, h p)"""
-    return swap(X).reshape(*X.shape[:-3], X.shape[-2], X.shape[-3] * X.shape[-1])
+    return T(X, -3, -2).reshape(*X.shape[:-3], X.shape[-2], X.shape[-3] * X.shape[-1])
 
 
 def _sigmoid(a):
@@ -80,9 +76,3 @@ sigmoid = ag.operator(_sigmoid, lambda g, s: [g * s * (1 - s)])  # 1/(1 + e^{−
 def silu(a):
     """a σ(a)"""
     return a * sigmoid(a)
-
-
-cumsum = ag.operator(  # over the tokens, (..., N, m)
-    lambda a: (a.cumsum(axis=-2), None),
-    lambda g, _: [g[..., ::-1, :].cumsum(axis=-2)[..., ::-1, :]],
-)

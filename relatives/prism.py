@@ -17,7 +17,7 @@ import math
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, shaped, sigmoid, silu, swap
+from relatives.ops import T, shaped, sigmoid, silu
 from relatives.pdssm import scan
 
 
@@ -47,7 +47,7 @@ def prism(X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo):
     X = ag.concatenate([xp.zeros((*batch, taps - 1, d), X.dtype), X], axis=-2)
     U = silu(sum(X[..., i : i + N, :] * cw[:, i] for i in range(taps)) + cb)  # (..., N, d)
     u = U[..., None, :, :]
-    K, P, b = (swap(u @ W) for W in (Wk, Wp, Wb))  # (..., N, L, d), the same, (..., N, L, 1)
+    K, P, b = (T(u @ W, -3, -2) for W in (Wk, Wp, Wb))  # (..., N, L, d), the same, (..., N, L, 1)
     r, writes = (U @ Wv - U)[..., None, :], []
     for i in range(Wk.shape[0]):
         writes.append(gelu(P[..., i : i + 1, :] * r))

@@ -13,7 +13,8 @@ only to move it (OSA).
 """
 
 import autograd as ag
-from relatives.ops import T, cumsum, join_heads, shaped, split_heads
+from relatives.hla import cumsum
+from relatives.ops import T, join_heads, shaped, split_heads
 
 
 @shaped(X="... N d", W="d d", temp="h 1", Wo="d d", bo="d")

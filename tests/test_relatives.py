@@ -26,6 +26,7 @@ from relatives.reduced import reduced
 from relatives.rrae import truncate
 from relatives.softmax import Softmax, softmax
 from relatives.tost import tssa
+from relatives.transformer import Transformer
 from relatives.xsa import xsa
 
 FOLDER = Path(__file__).parent / "relatives"
@@ -582,6 +583,30 @@ def test_wrong_calls_are_told_what_is_allowed(rng):
 
 
 # ----------------------------------------------------------------------------------- as layers
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_delta_skip_is_the_rule_around_every_branch(norm, rng):
+    model = Transformer(
+        d=8, heads=2, depth=2, patch=2, image=(6, 4), classes=3, mlp_ratio=2, eta=0.3, rng=rng,
+        dtype=np.float64, attention=Softmax, skip="delta", norm=norm,
+    )  # fmt: skip
+    for p in model.parameters.values():
+        p.data = p.data + 0.3 * rng.standard_normal(p.shape)
+    images, W = rng.standard_normal((5, 6, 4)), {k: p.data for k, p in model.parameters.items()}
+
+    def normed(X, name):
+        out = (X - X.mean(axis=-1, keepdims=True)) / np.sqrt(X.var(axis=-1, keepdims=True) + 1e-5)
+        return out * W[name + ".gain"] + W[name + ".bias"] if norm else X
+
+    X = model.embed(images).data
+    for i, layer in enumerate(model.layers):
+        for j, block in enumerate(layer, 1):
+            C = normed(X, f"layers.{i}.norm_{j}")
+            w = [W[f"layers.{i}.skip_{j}.{k}"] for k in ("wb", "bb", "wv", "bv")]
+            X = delta(X, block.f(Tensor(C)), C, *w, v_scale=4.0).data
+    wanted = normed(X, "norm").mean(axis=1) @ W["W_C"] + W["b_C"]
+    assert error(model(images).data, wanted) < RIGHT
 
 
 def start_of_layer(name):
