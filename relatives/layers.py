@@ -26,11 +26,10 @@ def recipes(d, h, N, U):
     rows = max(n for n in range(1, math.isqrt(N) + 1) if N % n == 0)
     grid, n = (rows, N // rows), d // 2  # the squarest grid of the tokens; states of PD-SSM
     blocks = dict(zip("ksrqpl", (rows, rows, rows, N // rows, N // rows, N // rows)))
-    gate = {"Wg": 0, "bg": 1.27846454}  # SiLU of which is 1: open
+    gate = {"Wg": 0, "bg": 1.27846454}  # SiLU(bg) = 1: open
     Wqkv, Wk = np.hstack([U(d, d), U(d, d), U(d, d)]), [U(d, d), U(d, d)] / np.sqrt(d)  # |k| = 1
-    re, im = np.split(
-        U(d, d)[:, : 2 * n], 2, axis=1
-    )  # orthogonal, and C = Bᴴ: a token reads itself
+    B = U(d, d)[:, : 2 * n]  # [B_re, B_im], and C = Bᴴ: a token reads itself unchanged
+    re, im = np.split(B, 2, axis=1)
     states = {"Bre": re, "Bim": im, "Cre": re.T, "Cim": -im.T}
     alone = gate | {"kl": 0, "ks": (0, 1, 0), "gq": 1, "gk": 1}  # each token convolved to itself
     return {
@@ -79,5 +78,5 @@ class Layer:
 
 
 LAYERS = {k: functools.partial(Heads, k) for k in HEADS}
-for k in ("tost", "circulant", "prism", "pdssm", "monarch", "chela", "symmetric"):
-    LAYERS[k] = functools.partial(Layer, k)
+for _name in ("tost", "circulant", "prism", "pdssm", "monarch", "chela", "symmetric"):
+    LAYERS[_name] = functools.partial(Layer, _name)
