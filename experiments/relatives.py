@@ -259,7 +259,7 @@ def draw(folder):
         axis.set_yticks([-i for i in range(len(ARMS))], list(ARMS) if axis is axes[0] else [])
         axis.set(xlabel="test accuracy, %", title=task, ylim=(-len(ARMS) + 0.5, 0.5))
     axes[0].legend()
-    for arm in ARMS:
+    for arm in [arm for arm in ARMS if arm != "ddl"]:
         rows = [row for row in common.read(folder / "relatives_time.csv") if row["arm"] == arm]
         x, y = ([float(row[name]) for row in rows] for name in ("tokens", "milliseconds"))
         axes[3].loglog(x, y, marker=".", label=arm, **looks[arm])
