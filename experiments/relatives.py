@@ -37,7 +37,7 @@ TASKS = {
     "MNIST, 16 tokens": MNIST | {"patch": 7, "depth": 4},
     "recall": {"data": DATA, "steps": 800, "limit_data": "", "shift": 0, "eta": 0.25, "s_norm": 1.0,
                "patch": 4, "depth": 1},
-    "MNIST, 49 tokens": MNIST | {"patch": 4, "depth": 2, "steps": 150},
+    "MNIST, 49 tokens": MNIST | {"patch": 4, "depth": 2, "steps": 150, "s_norm": 1.0},
 }  # fmt: skip
 COMMON = {"width": 32, "heads": 2, "mlp_ratio": 2, "batch_size": 64, "warmup": 30, "epochs": 4}
 RATES, SEEDS = (0.003, 0.01, 0.03), 3
