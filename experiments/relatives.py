@@ -201,22 +201,21 @@ def accuracies(folder):
 
 
 def table(folder):
-    """The measured table of relatives/README.md, in Markdown."""
-    columns = [(task, setting) for task in TASKS for setting in SETTINGS]
+    """Prints the rows of the measured table of relatives/README.md."""
     start, found = common.read(folder / "relatives_start.csv"), accuracies(folder)
     for arm in ARMS:
         rows = {row["depth"]: row for row in start if row["arm"] == arm}
-        last = rows.get("8")
-        cells = [arm, last["norm"] if last else "overflow", last["cosine"] if last else "–"]
-        cells += [rows["1"][name] for name in START[4:]]
-        for task, setting in columns:
+        deep = [rows["8"]["norm"], rows["8"]["cosine"]] if "8" in rows else ["overflow", "–"]
+        numbers = deep + [rows["1"][name] for name in START[4:]]
+        cells = [x if x in ("overflow", "–") else f"{float(f'{float(x):.2g}'):g}" for x in numbers]
+        for task, setting in itertools.product(TASKS, SETTINGS):
             test, _ = found.get((task, setting, arm), ([], ""))
-            right = [x for x in test if x == x]
+            right = [x for x in test if x == x]  # not NaN
             spread = f" ± {statistics.stdev(right):.1f}" if len(right) > 1 else ""
-            lost = f" ({len(test) - len(right)} diverged)" if 0 < len(right) < len(test) else ""
+            lost = f", {len(test) - len(right)} diverged" if len(right) < len(test) else ""
             text = f"{statistics.mean(right):.1f}{spread}{lost}" if right else "diverges"
-            cells.append(text if test else "")
-        print("|", " | ".join(cells), "|")
+            cells.append(text if test else "not run")
+        print("|", " | ".join([arm, *cells]), "|")
 
 
 def draw(folder):
@@ -248,11 +247,12 @@ def draw(folder):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(folder / "relatives_start.png", dpi=110)
 
+    found = accuracies(folder)
     figure, axes = plt.subplots(1, 4, figsize=(15, 5.2), layout="constrained")
     for axis, task in zip(axes, TASKS):
         for setting, marker, colour in zip(SETTINGS, "os", ("C0", "C1")):
             for i, arm in enumerate(ARMS):
-                test = accuracies(folder).get((task, setting, arm), ([], ""))[0]
+                test = found.get((task, setting, arm), ([], ""))[0]
                 label = setting if i == 0 else None
                 y = [-i + (0.15 if setting == "skipless" else -0.15)] * len(test)
                 axis.plot(test, y, marker, color=colour, ms=5, alpha=0.7, label=label)
