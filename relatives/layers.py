@@ -1,8 +1,7 @@
 """The relatives as layers of a network, X (B, N, d) -> (B, N, d), built as `MultiHeadOSA` is.
 
 `LAYERS[name](d, heads, rng, xp, dtype, tokens=N)`; each starts as near to orthogonal as its formula
-allows.  "prism" and "pdssm" read the tokens in order, row by row; the others see all at once, also
-those that have a causal form.
+allows.  "prism" and "pdssm" read the tokens in order; the others, causal form or not, see them all.
 """
 
 import functools
@@ -28,8 +27,7 @@ def recipes(d, h, N, U):
     blocks = dict(zip("ksrqpl", (rows, rows, rows, N // rows, N // rows, N // rows)))
     gate = {"Wg": 0, "bg": 1.27846454}  # SiLU(bg) = 1: open
     Wqkv, Wk = np.hstack([U(d, d), U(d, d), U(d, d)]), [U(d, d), U(d, d)] / np.sqrt(d)  # |k| = 1
-    B = U(d, d)[:, : 2 * n]  # [B_re, B_im], and C = Bᴴ: a token reads itself unchanged
-    re, im = np.split(B, 2, axis=1)
+    re, im = np.split(U(d, 2 * n), 2, axis=1)  # with C = Bᴴ a token reads itself unchanged
     states = {"Bre": re, "Bim": im, "Cre": re.T, "Cim": -im.T}
     alone = gate | {"kl": 0, "ks": (0, 1, 0), "gq": 1, "gk": 1}  # each token convolved to itself
     return {
