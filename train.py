@@ -46,7 +46,7 @@ class Config:
     preset: str = option("mnist", "mnist, tiny or pixels", choices=("mnist", "tiny", "pixels"))
     attention: str = option("osa", "what mixes tokens", choices=MIXERS)
     operator: str = option("fast", "osa by fast/ or osa_minimal.py", choices=("fast", "paper"))
-    skip: bool = option(False, "skip connections")
+    skip: str = option("none", "skip connections; alone: add", choices=relatives.SKIPS, alone="add")
     norm: bool = option(False, "layer normalisation")
     depth: int = option(4, "layers", least=1, most=1000)
     width: int = option(64, "of a token, d", least=1, most=16384)

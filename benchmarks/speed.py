@@ -132,15 +132,14 @@ def operator():
     table = []
     for b, N, d_v in SHAPES:
         Q, K, V, dO, alpha = inputs(b, N, d_v)
-        F = np.concatenate([Q, K, V], axis=-1)
         competitors = {
             f"ours, {route}": ours(Q, K, V, dO, alpha, route) for route in ("auto", "qr")
         }
         competitors["paper"] = paper(Q, K, V, dO, alpha)
         competitors["floor"] = floor(Q, K, V, dO)
         if N <= 784:
-            competitors["our softmax"] = lambda F=F, dO=dO: softmax_backward(
-                dO, softmax_forward(F)[1]
+            competitors["our softmax"] = lambda QKV=(Q, K, V), dO=dO: softmax_backward(
+                dO, softmax_forward(*QKV)[1]
             )
         for name, f in peers.PEERS.items():
             if f is not peers.naive or N < 784:

@@ -40,7 +40,7 @@ class SkiplessTransformer(nn.Module):
         super().__init__()
         with safe_open(path, "pt") as file:
             about, weights = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-        if [about.get(k) for k in ("attention", "skip", "norm")] != ["osa", "False", "False"]:
+        if [about.get(k) for k in ("attention", "skip", "norm")] != ["osa", "none", "False"]:
             raise ValueError(f"{path} is no skipless OSA model")
         self.patch = int(about["patch"])
         self.slope, self.mean, self.std = (float(about[k]) for k in ("slope", "mean", "std"))

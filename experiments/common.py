@@ -5,6 +5,7 @@ goes on where it was.
 """
 
 import csv
+import functools
 import json
 import math
 import os
@@ -24,29 +25,38 @@ sys.path.insert(0, str(ROOT))
 OUTCOME = ("validation", "test", "loss", "max_s", "parameters", "seconds")
 
 
+@functools.cache
+def dataset(path):
+    from training import data
+
+    return data.load(path)
+
+
 def train_once(options):
     """Trains as `python train.py --NAME VALUE …` would, without a folder; the outcome as a dict.
 
-    options: {field of `train.Config`: value}; "steps" ends the schedule early; "arm" is a name;
-    with "every" only each so many of the images of validation and test are looked at.
+    options: {field of `train.Config`: value}; "steps" ends the schedule early; "arm", "task" and
+    "setting" are names; with "every" only each so many of the images of validation and test are
+    looked at, with "tuning" no test image at all.
     A run that diverges has accuracy NaN.  seconds: processor time of this process, in training.
     """
     import numpy as np
 
     import train
     from fast.threads import keep_freed_memory
-    from training import data, report
+    from training import report
     from training.options import parse
 
     keep_freed_memory()
     options = dict(options)
-    steps, every, _ = (options.pop(name, None) for name in ("steps", "every", "arm"))
+    steps, every, tuning = (options.pop(name, None) for name in ("steps", "every", "tuning"))
+    options = {k: v for k, v in options.items() if k not in ("arm", "task", "setting")}
     arguments = ["--threads", "1"]
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
         arguments += [option] if value is True else [] if value is False else [option, str(value)]
     config, args, _ = parse(train.Config, train.PRESETS, arguments)
-    run = train.Run(config, data.load(args.data))
+    run = train.Run(config, dataset(args.data))
     run.steps = steps or run.steps
     start, losses, largest = time.process_time(), [], 0.0
     outcome = {name: math.nan for name in OUTCOME} | {"parameters": run.weights.size}
@@ -62,10 +72,12 @@ def train_once(options):
         except FloatingPointError:
             return outcome | {"max_s": math.inf}
     seconds = time.process_time() - start
-    sets = (run.x_val, run.y_val), (run.dataset.x_test, run.dataset.y_test)
-    validation, test = (
-        report.accuracy(run.model, x[::every], y[::every], run.standardise)[0] for x, y in sets
-    )
+
+    def accuracy(x, y):
+        return report.accuracy(run.model, x[::every], y[::every], run.standardise)[0]
+
+    validation = accuracy(run.x_val, run.y_val)
+    test = math.nan if tuning else accuracy(run.dataset.x_test, run.dataset.y_test)
     tail = losses[-50:]
     values = validation, test, sum(tail) / len(tail), largest, run.weights.size, round(seconds, 1)
     return dict(zip(OUTCOME, values))
@@ -91,13 +103,18 @@ def run_all(path, jobs, processes):
             print(f"{i}/{len(todo)}", *(f"{k}={v}" for k, v in row.items() if v != ""), flush=True)
             write(path, done.values(), [*names, *OUTCOME])
     if todo:
-        from training.report import machine
-
-        file = path.with_name("about.json")
-        notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        text = json.dumps(notes | {path.name: machine()}, indent=1)
-        file.write_text(text + "\n", encoding="utf-8")
+        note(path)
     return [done[key(job, names)] for job in jobs]
+
+
+def note(path):
+    """Notes in about.json where and when the file was made."""
+    from training.report import machine
+
+    file = path.with_name("about.json")
+    notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    text = json.dumps(notes | {path.name: machine()}, indent=1)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def best_rate(rows, job, names):

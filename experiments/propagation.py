@@ -47,8 +47,9 @@ def build(attention, usual, ratio, depth):
     x = data.load().x_train[:64]
     images = data.standardise(x, *data.statistics(x))
     model = Transformer(
-        attention=ATTENTION[attention], skip=usual, norm=usual, d=64, heads=2, depth=depth, patch=7,
-        image=(28, 28), classes=10, mlp_ratio=ratio, eta=0.5, rng=np.random.default_rng(0),
+        attention=ATTENTION[attention], skip="add" if usual else "none", norm=usual, depth=depth,
+        d=64, heads=2, patch=7, image=(28, 28), classes=10, mlp_ratio=ratio, eta=0.5,
+        rng=np.random.default_rng(0),
     )  # fmt: skip
     calibrate(model, images[:16], 0.05)
     return model, images

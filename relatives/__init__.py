@@ -4,7 +4,7 @@ import fast
 from relatives.fixed import FixedOrthogonal, Identity
 from relatives.layers import LAYERS
 from relatives.softmax import Softmax
-from relatives.transformer import Transformer
+from relatives.transformer import SKIPS, Transformer
 from relatives.xsa import XSA
 
 ATTENTION = {
@@ -15,4 +15,4 @@ ATTENTION = {
     "fixed-orthogonal": FixedOrthogonal,
 }
 
-__all__ = ["ATTENTION", "LAYERS", "Transformer"]
+__all__ = ["ATTENTION", "LAYERS", "SKIPS", "Transformer"]

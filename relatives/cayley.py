@@ -5,12 +5,12 @@
 Source: the head of SGT, arXiv 2609.39739, Eq. 6–8, which forms R.  Theorem 2.1 of OSA holds for any
 function of Z that is 1 at 0: with B (N, k) orthonormal, its span containing Q's and K's, Z̃ = BᵀZB,
 
-    R V = V + B (I − Z̃/2)⁻¹ Z̃ BᵀV.
+    R V = V + B (I − Z̃/2)⁻¹ Z̃ BᵀV;        ε is a number or an array that broadcasts to (..., 1, 1).
 
-Shapes: Q, K (..., N, d), V (..., N, m), ε a number or an array that broadcasts to (..., 1, 1).
 Cost: N d² + d³.  Causal: impossible, as for OSA.  Assumes neither skip nor norm.
 Beside OSA: exp and the Cayley map agree to second order in Z, so near the identity nothing tells
-them apart; the Cayley map is one solve and never reaches a rotation by π.
+them apart.  Where exp turns a plane by θ, the Cayley map turns it by 2 arctan(θ/2): never by π, and
+with a derivative 1/(1 + θ²/4) that fades where that of exp stays 1.
 """
 
 import math
@@ -50,11 +50,10 @@ def _backward(G, saved):
 _cayley = ag.operator(_forward, _backward)
 
 
+@shaped(Q="... N d", K="... N d", V="... N m")
 def cayley(Q, K, V, eps):
     """R V (..., N, m) by the formulas above."""
-    Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
-    if not isinstance(eps, ag.Tensor):
-        eps = ag.Tensor(array_module(Q).asarray(eps, dtype=Q.dtype))
-    if eps.ndim and not (eps.ndim <= Q.ndim and eps.shape[-2:] == (1, 1)):
-        raise ValueError(f"eps must be a number or broadcast to (..., 1, 1), got shape {eps.shape}")
+    shape = getattr(eps, "shape", ())
+    if shape and not (len(shape) <= Q.ndim and shape[-2:] == (1, 1)):
+        raise ValueError(f"eps must be a number or broadcast to (..., 1, 1), got shape {shape}")
     return _cayley(Q, K, V, eps)

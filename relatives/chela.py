@@ -1,16 +1,15 @@
 """CHELA, a reconstruction: short and long convolution, linear attention, a gate.
 
-Neither the authors' formulas nor their code could be had; this is what the published description
-says, with details in the manner of Mega that are ours, and no evidence about the authors' model:
+The authors' formulas and code could not be had; this is the published description, with details in
+the manner of Mega that are ours, and no evidence about the authors' model:
 
     U = depthwise convolution of X with k_long + k_short;   Z = SiLU(U)
     Q = Z ∘ g_q + b_q,  K = Z ∘ g_k + b_k,  V = SiLU(X W_v + b_v),   O = Q (Kᵀ V)/N
     out = (O ∘ SiLU(Z W_g + b_g)) W_o + b_o           causal: o_t = q_tᵀ Σ_{s≤t} k_s v_sᵀ/t
 
-Source of the idea: arXiv 2406.08128.
-Shapes: X (..., N, d); kl (d, 2N − 1) for the lags −(N−1) … N−1, causal (d, N) for 0 … N−1; ks
-(d, taps) centred on lag 0, taps odd, causal lags 0 … taps − 1; gq, bq, gk, bk, bv, bg, bo (d,); Wv,
-Wg, Wo (d, d).  Cost: N log N · d + N d².  Causal: both.  Assumes a gated residual around it.
+Source of the idea: arXiv 2406.08128.  kl is for the lags −(N−1) … N−1, causal 0 … N−1; ks, of odd
+length, for those around 0, causal 0 … taps − 1.
+Cost: N log N · d + N d².  Causal: both.  Assumes a gated residual around it.
 Beside OSA: position by a convolution, content by a rank-d product, and nothing controls the norm.
 """
 
@@ -21,15 +20,14 @@ from relatives.hla import linear_attention
 from relatives.ops import shaped, silu
 
 
+@shaped(X="... N d", kl="d lags", ks="d taps", gq="d", bq="d", gk="d", bk="d", Wv="d d", bv="d",
+        Wg="d d", bg="d", Wo="d d", bo="d")  # fmt: skip
 def chela(X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo, *, causal=False):
     """(..., N, d) by the formulas above."""
-    N = X.shape[-2]
-    X, kl, ks, gq, bq, gk, bk, Wv, bv, Wg, bg, Wo, bo = shaped(
-        {"lags": N if causal else 2 * N - 1}, X=(X, "... N d"), kl=(kl, "d lags"),
-        ks=(ks, "d taps"), gq=(gq, "d"), bq=(bq, "d"), gk=(gk, "d"), bk=(bk, "d"), Wv=(Wv, "d d"),
-        bv=(bv, "d"), Wg=(Wg, "d d"), bg=(bg, "d"), Wo=(Wo, "d d"), bo=(bo, "d"),
-    )  # fmt: skip
-    xp, (d, lags), taps = array_module(X), kl.shape, ks.shape[1]
+    xp, N, d, taps = array_module(X), *X.shape[-2:], ks.shape[1]
+    lags = N if causal else 2 * N - 1
+    if kl.shape[1] != lags:
+        raise ValueError(f"kl must have {lags} lags, got shape {kl.shape}")
     if taps > lags or not (causal or taps % 2):
         raise ValueError(f"ks must have an odd number of taps up to {lags}, got shape {ks.shape}")
     kernel = kl + ks @ xp.eye(taps, lags, 0 if causal else N - 1 - taps // 2, dtype=X.dtype)

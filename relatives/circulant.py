@@ -6,7 +6,6 @@ N = rows · columns tokens on a periodic grid, every channel a head of its own:
     y[p] = Σ_δ w[δ] v[p + δ];   out = (y ∘ SiLU(X W_g + b_g)) W_o + b_o
 
 Source: arXiv 2512.21542 and its code; the paper's scale is 1/N, that of its code, taken here, 1/√N.
-Shapes: X (..., N, d), Wqkv (d, 3d), Wg, Wo (d, d), bg, bo (d,); grid (rows, columns) or one side.
 Cost: N log N · d beside the projections.  Causal: no.  Assumes pre-LayerNorm, a skip and a
 convolution for position: the mixing matrix is doubly stochastic, it averages.
 Beside OSA: mixing in N log N needs only a shift-invariant matrix; it would be orthogonal with a
@@ -42,19 +41,14 @@ def correlate(a, b, grid):
     return ag.operator(lambda a, b: (_cyclic(a, b, grid, True), (a, b)), backward)(a, b)
 
 
+@shaped(X="... N d", Wqkv="d 3d", Wg="d d", bg="d", Wo="d d", bo="d")
 def circulant(X, Wqkv, Wg, bg, Wo, bo, grid):
-    """(..., N, d) by the formulas above."""
-    X, Wqkv, Wg, bg, Wo, bo = shaped(
-        {"3d": 3 * X.shape[-1]}, X=(X, "... N d"), Wqkv=(Wqkv, "d 3d"), Wg=(Wg, "d d"),
-        bg=(bg, "d"), Wo=(Wo, "d d"), bo=(bo, "d"),
-    )  # fmt: skip
-    N, d = X.shape[-2:]
-    rows, columns = (int(n) for n in np.broadcast_to(grid, 2))
-    if rows < 1 or rows * columns != N:
-        raise ValueError(f"grid must hold the {N} tokens, got {rows} x {columns}")
-    F = X @ Wqkv
-    q, k, v = F[..., :d], F[..., d : 2 * d], F[..., 2 * d :]
-    a = correlate(q, k, (rows, columns)) * N**-0.5  # (..., N, d), one weight per offset
-    w = T(ag.softmax(T(a)))
-    y = correlate(w, v, (rows, columns))
+    """(..., N, d) by the formulas above; grid: (rows, columns), or one side."""
+    (N, d), grid = X.shape[-2:], tuple(np.broadcast_to(grid, 2).tolist())
+    if grid[0] < 1 or grid[0] * grid[1] != N:
+        raise ValueError(f"grid must hold the {N} tokens, got {grid[0]} x {grid[1]}")
+    qkv = X @ Wqkv
+    q, k, v = (qkv[..., i : i + d] for i in (0, d, 2 * d))
+    a = correlate(q, k, grid) * N**-0.5  # (..., N, d), one weight per offset
+    y = correlate(T(ag.softmax(T(a))), v, grid)
     return (y * silu(X @ Wg + bg)) @ Wo + bo

@@ -7,6 +7,7 @@ import numpy as np
 
 from autograd import Tensor, array_module
 from osa_minimal import random_orthogonal
+from relatives.ops import split_heads
 from relatives.softmax import Softmax
 
 
@@ -19,8 +20,7 @@ class Identity(Softmax):
 
     def project(self, X):
         """V (B, h, N, d_v) alone."""
-        (B, N, d), h = X.shape, self.heads
-        return (X @ self.parameters["W_V"]).reshape(B, N, h, d // h).transpose(0, 2, 1, 3)
+        return split_heads(X @ self.parameters["W_V"], self.heads)
 
     def attend(self, V):
         return V

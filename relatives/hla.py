@@ -6,12 +6,11 @@ With W = Q Kᵀ, and for causal=True W = L ∘ Q Kᵀ, L lower triangular with i
     causal: ((W Wᵀ) ∘ L)V,   ((W W) ∘ L)V,   ((W Wᵀ) ∘ L)(W V)
     normalise = ε: divided by the same with V replaced by ones, plus ε
 
-Source: arXiv 2510.27258, no code; scores without 1/√d.  Each is a linear attention of linear
-attentions, lin(Q, K, V) = W V; for hla2 the paper has a difference of two sums instead, for hla3
-Algorithm 3, another operator: it keeps only the index triples whose largest index occurs twice.
-Its decay γ is left out: section 4.3 and its associative operator contradict each other.
-Shapes: Q, K (..., N, d), V (..., N, m) -> (..., N, m).  Cost: N d (d + m), state d (d + m).
-Causal: both.  Assumes skip and norm: degree 5 (hla3: 7) in X.
+Source: arXiv 2510.27258, no code; scores without 1/√d.  Here each is a linear attention of linear
+attentions, lin(Q, K, V) = W V.  Its Algorithm 3 is another operator than hla3: it keeps the index
+triples whose largest index occurs twice.  Its decay γ, in two forms that disagree, is left out.
+Cost: N d (d + m).  Causal: both, here with all N states in memory.
+Assumes skip and norm: degree 5 (hla3: 7) in X.
 Beside OSA: the same d × d Gram matrices, but a polynomial of the scores needs its scale from
 outside, while the exponential of the antisymmetric part brings its own.
 """
@@ -20,37 +19,25 @@ import autograd as ag
 from autograd import array_module
 from relatives.ops import T, shaped
 
-
-def _causal(Q, K, V, block=64):
-    """o_t = q_tᵀ S_t, S_t = Σ_{s≤t} k_s v_sᵀ: the state S (d, m) goes from block to block."""
-    xp, S = array_module(Q), 0.0
-    O = xp.empty((*Q.shape[:-1], V.shape[-1]), V.dtype)
-    for t in range(0, Q.shape[-2], block):
-        q, k, v = (M[..., t : t + block, :] for M in (Q, K, V))
-        O[..., t : t + block, :] = xp.tril(q @ T(k)) @ v + (q @ S if t else 0)
-        S = S + T(k) @ v
-    return O
-
-
-def _causal_backward(G, saved):
-    """Each gradient of (L ∘ Q Kᵀ) V is such a sum, those of K and V from the last token on."""
-    Q, K, V = saved
-    Q_, K_, V_, G_ = (M[..., ::-1, :] for M in (Q, K, V, G))
-    return _causal(G, V, K), _causal(V_, G_, Q_)[..., ::-1, :], _causal(K_, Q_, G_)[..., ::-1, :]
-
-
-_causal_linear = ag.operator(lambda *QKV: (_causal(*QKV), QKV), _causal_backward)
+cumsum = ag.operator(  # over the tokens, (..., N, m)
+    lambda a: (a.cumsum(axis=-2), None),
+    lambda g, _: [g[..., ::-1, :].cumsum(axis=-2)[..., ::-1, :]],
+)
 
 
 def linear_attention(Q, K, V, causal=False):
-    """Q (Kᵀ V), or o_t = Σ_{s≤t} (q_t·k_s) v_s; Q, K (..., N, d), V (..., N, m)."""
-    return _causal_linear(Q, K, V) if causal else Q @ (T(K) @ V)
+    """Q (Kᵀ V), or o_t = q_tᵀ S_t with the states S_t = Σ_{s≤t} k_s v_sᵀ (..., N, d, m)."""
+    if not causal:
+        return Q @ (T(K) @ V)
+    kv = K[..., None] * V[..., None, :]  # (..., N, d, 1) ∘ (..., N, 1, m)
+    S = cumsum(kv.reshape(*K.shape[:-1], -1)).reshape(*kv.shape)
+    return (Q[..., None, :] @ S)[..., 0, :]
 
 
 def _order(name, f):
+    @shaped(Q="... N d", K="... N d", V="... N m")
     def order(Q, K, V, *, causal=False, normalise=None):
         """(..., N, m) by the formulas above."""
-        Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
         if normalise is not None:  # both in one pass
             V = ag.concatenate([V, array_module(V).ones((*V.shape[:-1], 1), V.dtype)])
         O = f(lambda *QKV: linear_attention(*QKV, causal), Q, K, V)

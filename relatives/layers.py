@@ -1,7 +1,7 @@
 """The relatives as layers of a network, X (B, N, d) -> (B, N, d), built as `MultiHeadOSA` is.
 
-`LAYERS[name](d, heads, rng, xp, dtype, tokens=N)`; only "monarch" and "chela" have weights for a
-number of tokens.  Each starts as near to orthogonal as its formula allows.
+`LAYERS[name](d, heads, rng, xp, dtype, tokens=N)`; each starts as near to orthogonal as its formula
+allows.  "prism" and "pdssm" read the tokens in order; the others, causal form or not, see them all.
 """
 
 import functools
@@ -10,68 +10,35 @@ import math
 import numpy as np
 
 from osa_minimal import MultiHeadOSA, random_orthogonal, tensors
-from relatives import cayley, chela, circulant, delta, hla, monarch, pdssm, prism, reduced, tost
-from relatives.softmax import Softmax
+from relatives import cayley, chela, circulant, hla, monarch, pdssm, prism, reduced, tost
 
-# name: O from Q, K, V (B, h, N, d_v) and α (h, 1, 1), the same α as in OSA's S.  The powers of N
-# keep the first layer's output about the size of V.
-HEADS = {
+HEADS = {  # O from Q, K, V (B, h, N, d_v) and the α (h, 1, 1) of OSA's S; 1/N² for the size of V
     "cayley": lambda Q, K, V, a: cayley.cayley(Q, K, V, a * (2 * math.sqrt(Q.shape[-2]))),
     "hla2": lambda Q, K, V, a: hla.hla2(Q, K, V * Q.shape[-2] ** -2.0),
     "ahla": lambda Q, K, V, a: hla.ahla(Q, K, V * Q.shape[-2] ** -2.0),
-    "hla3": lambda Q, K, V, a: hla.hla3(Q, K, V * Q.shape[-2] ** -3.0),
-}
-# name: the output from X (B, N, d), the number of heads and the weights of `initial`.
-FORMULAS = {
-    "tost": lambda X, h, w: tost.tssa(X, heads=h, **w),
-    "circulant": lambda X, h, w: circulant.circulant(X, grid=grid(X.shape[1]), **w),
-    "prism": lambda X, h, w: prism.prism(X, **w),
-    "pdssm": lambda X, h, w: pdssm.pdssm(X, **w),
-    "monarch": lambda X, h, w: monarch.monarch(X, **w),
-    "chela": lambda X, h, w: chela.chela(X, **w),
-    "symmetric": lambda X, h, w: reduced.reduced(X, f"sym{h}", **w),
-    "merged": lambda X, h, w: reduced.reduced(X, "qk_novo", **w),
 }
 
 
-def grid(N):
-    """The squarest (rows, columns) of N tokens, rows ≤ columns."""
+def recipes(d, h, N, U):
+    """{name: (function, sizes of its weights beside d and h, arguments)}: matrices are orthogonal,
+    vectors 0, where no argument says otherwise; None leaves a weight out."""
     rows = max(n for n in range(1, math.isqrt(N) + 1) if N % n == 0)
-    return rows, N // rows
-
-
-def initial(name, d, h, N, rng):
-    """The weights of a layer by the names of its function's arguments, float64."""
-    zero, one, none = np.zeros(d), np.ones(d), np.zeros((d, d))
-    gate = {"Wg": none, "bg": one * 1.27846454}  # SiLU of which is 1: open
-
-    def U(n=d, m=d):
-        return random_orthogonal(n, m, rng, np.float64)
-
-    def normal(*shape):
-        return rng.standard_normal(shape) / math.sqrt(d)
-
-    if name == "tost":
-        return {"W": U(), "temp": np.ones((h, 1)), "Wo": U(), "bo": zero}
-    if name == "circulant":
-        return gate | {"Wqkv": np.hstack([U(), U(), U()]), "Wo": U(), "bo": zero}
-    if name == "ddl":  # β = 1
-        return {"wb": none[:, :1], "bb": zero[:1], "wv": normal(d, 1) / 2, "bv": zero[:1]}
-    if name == "prism":  # three taps, the last one open; α = ½; two writes; |k| ≈ 1 if |u|² ≈ d
-        w = {"cw": one[:, None] * (0, 0, 1), "cb": zero, "wa": none[:, :1], "Wq": U(), "Wv": U()}
-        w |= {"Wk": [U() / math.sqrt(d), U() / math.sqrt(d)], "Wp": [U(), U()], "Wo": U()}
-        return w | {"Wb": [U(d, 1), U(d, 1)]}
-    if name == "pdssm":  # d states, six matrices; C = Bᴴ, so that a token reads itself unchanged
-        re, im = U() / math.sqrt(2), U() / math.sqrt(2)
-        w = {"Sel": normal(d, 6), "Pd": normal(6, d, d), "W1m": U(), "b1m": zero, "W1p": U()}
-        return w | {"b1p": zero, "Bre": re, "Bim": im, "Cre": re.T, "Cim": -im.T, "Dsk": zero}
-    if name == "monarch":  # orthogonal blocks
-        k, p = grid(N)
-        return {"W1": [U(p, p) for _ in range(k)], "W2": [U(k, k) for _ in range(p)]}
-    if name == "chela":  # each token convolved to itself
-        w = {"kl": np.zeros((d, 2 * N - 1)), "ks": one[:, None] * (0, 1, 0), "gq": one, "bq": zero}
-        return w | gate | {"gk": one, "bk": zero, "Wv": U(), "bv": zero, "Wo": U(), "bo": zero}
-    return {k: U() for k in (("Wqk",) if name == "merged" else ("Wq", "Wv", "Wo"))}
+    grid, n = (rows, N // rows), d // 2  # the squarest grid of the tokens; states of PD-SSM
+    blocks = dict(zip("ksrqpl", (rows, rows, rows, N // rows, N // rows, N // rows)))
+    gate = {"Wg": 0, "bg": 1.27846454}  # SiLU(bg) = 1: open
+    Wqkv, Wk = np.hstack([U(d, d), U(d, d), U(d, d)]), [U(d, d), U(d, d)] / np.sqrt(d)  # |k| = 1
+    re, im = np.split(U(d, 2 * n), 2, axis=1)  # with C = Bᴴ a token reads itself unchanged
+    states = {"Bre": re, "Bim": im, "Cre": re.T, "Cim": -im.T}
+    alone = gate | {"kl": 0, "ks": (0, 1, 0), "gq": 1, "gk": 1}  # each token convolved to itself
+    return {
+        "tost": (tost.tssa, {}, {"temp": 1}),
+        "circulant": (circulant.circulant, {"3d": 3 * d}, gate | {"Wqkv": Wqkv, "grid": grid}),
+        "prism": (prism.prism, {"taps": 3, "L": 2}, {"cw": (0, 0, 1), "wa": 0, "Wk": Wk}),
+        "pdssm": (pdssm.pdssm, {"H": d, "K": 6, "n": n}, states),
+        "monarch": (monarch.monarch, blocks, {}),
+        "chela": (chela.chela, {"lags": 2 * N - 1, "taps": 3}, alone),
+        "symmetric": (reduced.reduced, {}, {"Wk": None, "Wqk": None, "T_": None, "heads": h}),
+    }
 
 
 class Heads(MultiHeadOSA):
@@ -83,27 +50,31 @@ class Heads(MultiHeadOSA):
         if name != "cayley":
             del self.parameters["alpha"]
 
-    def attend(self, F):
-        d_v = F.shape[-1] // 3
-        return self.formula(F[..., :d_v], F[..., d_v : 2 * d_v], F[..., 2 * d_v :], self.alpha)
+    def attend(self, QKV):
+        d_v = QKV.shape[-1] // 3
+        return self.formula(*(QKV[..., i : i + d_v] for i in (0, d_v, 2 * d_v)), self.alpha)
 
 
 class Layer:
-    """FORMULAS[name] with the weights of `initial`; "ddl": the delta rule around softmax."""
+    """The function of a recipe with its weights."""
 
-    def __init__(self, name, d, heads, rng, xp=np, dtype=np.float32, tokens=None):
-        init = initial(name, d, heads, tokens, rng)
-        self.own = tensors({k: np.array(a, dtype) for k, a in init.items()}, xp)
-        self.parameters, self.name, self.heads = dict(self.own), name, heads
-        if name == "ddl":
-            self.branch = Softmax(d, heads, rng, xp, dtype)
-            self.parameters |= self.branch.parameters
+    def __init__(self, name, d, heads, rng, xp=np, dtype=np.float32, *, tokens):
+        U = functools.partial(random_orthogonal, rng=rng, dtype=np.float64)
+        self.function, sizes, given = recipes(d, heads, tokens, U)[name]
+        sizes, weights, self.keywords = {"1": 1, "d": d, "h": heads} | sizes, {}, dict(given)
+        for key, letters in list(self.function.shapes.items())[1:]:  # all but X
+            shape = [sizes.get(x) for x in letters.split()]
+            w = self.keywords.pop(key, 0)
+            if key not in given and len(shape) > 1:
+                w = np.reshape([U(*shape[-2:]) for _ in range(math.prod(shape[:-2]))], shape)
+            if w is not None:
+                weights[key] = np.array(np.broadcast_to(w, shape), dtype)
+        self.parameters = tensors(weights, xp)
 
     def __call__(self, X):
-        if self.name == "ddl":
-            return delta.delta(X, self.branch(X), X, **self.own, k_eps=1e-5, v_scale=4.0)
-        return FORMULAS[self.name](X, self.heads, self.own)
+        return self.function(X, **self.parameters, **self.keywords)
 
 
 LAYERS = {k: functools.partial(Heads, k) for k in HEADS}
-LAYERS |= {k: functools.partial(Layer, k) for k in (*FORMULAS, "ddl")}
+for _name in ("tost", "circulant", "prism", "pdssm", "monarch", "chela", "symmetric"):
+    LAYERS[_name] = functools.partial(Layer, _name)

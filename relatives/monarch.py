@@ -5,23 +5,22 @@
 
 Source: Dao et al., Monarch, 2022, and the reference code of HazyResearch/fly.  If all blocks are
 orthogonal then M is (ours): k q(q−1)/2 + l s(s−1)/2 angles, 294 for N = 49 against 1,176.
-Shapes: X (..., N, c), W1 (k, q, p), W2 (l, s, r) -> (..., l s, c), every channel alike.
-Cost: N q + k q s per channel, 2 N^1.5 for p = q = r = s = √N.  Causal: no.
+Every channel alike.  Cost: N q + k q s per channel, 2 N^1.5 for p = q = r = s = √N.  Causal: no.
 Assumes a skip and norm as published; with orthogonal blocks neither.
 Beside OSA: the isometry that looks at no data; a task it does as well on needs no attention.
 """
 
-from relatives.ops import shaped, swap
+from relatives.ops import T, shaped
 
 
+@shaped(X="... N c", W1="k q p", W2="l s r")
 def monarch(X, W1, W2):
     """M X (..., l s, c) by the formulas above."""
-    X, W1, W2 = shaped(X=(X, "... N c"), W1=(W1, "k q p"), W2=(W2, "l s r"))
     (*batch, N, c), (k, q, p), (l, s, r) = X.shape, W1.shape, W2.shape
     if k * p != N:
         raise ValueError(f"W1 must be (k, q, p) with k p = {N} tokens, got {W1.shape}")
     if l * r != k * q:
         raise ValueError(f"W2 must be (l, s, r) with l r = k q = {k * q}, got {W2.shape}")
     z = W1 @ X.reshape(*batch, k, p, c)  # (k, q, p) x (..., k, p, c) -> (..., k, q, c)
-    z = swap(z.reshape(*batch, r, l, c))  # (..., l, r, c)
-    return swap(W2 @ z).reshape(*batch, l * s, c)
+    z = T(z.reshape(*batch, r, l, c), -3, -2)  # (..., l, r, c)
+    return T(W2 @ z, -3, -2).reshape(*batch, l * s, c)

@@ -1,57 +1,67 @@
-"""What several relatives share: named shapes, heads, activations, a linear recurrence.
+"""What several relatives share: named shapes, heads, activations."""
 
-Each operation stands beside its vector-Jacobian product (VJP), as in autograd.py.
-"""
+import functools
+import inspect
 
 import autograd as ag
 from autograd import Tensor, array_module
 
 
-def shaped(sizes=None, /, **named):
-    """The named arguments as Tensors, each given as (array, "... N d"), the letters of its shape.
+def shaped(**wanted):
+    """Makes the arguments of a function Tensors of the shapes `wanted`, each as "... N d".
 
-    A letter stands for one size in all arguments, `...` for the same batch dimensions; sizes: what
-    is known beforehand.  None stays None.  Raises ValueError or TypeError naming the argument.
+    A letter stands for one size in all arguments, 3d for three times that of d, `...` for the same
+    batch dimensions; None stays None.  Raises ValueError or TypeError naming the argument.
     """
-    sizes, out, first = {"1": 1, **(sizes or {})}, [], None
-    for name, (a, letters) in named.items():
-        out.append(a if a is None or isinstance(a, Tensor) else Tensor(a))
-        if a is None:
-            continue
-        a, letters, shape = out[-1], letters.split(), list(out[-1].shape)
-        if letters[0] == "..." and a.ndim >= len(letters) - 1:
-            shape[: a.ndim - len(letters) + 1] = [a.shape[: a.ndim - len(letters) + 1]]
-        known = ", ".join(f"{x} = {n}" for x, n in sizes.items() if x in letters and x != "1")
-        fits = len(shape) == len(letters) and a.size
-        if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape)):
-            wanted = f"({', '.join(letters)})" + (known and f" with {known}")
-            raise ValueError(f"{name} must be {wanted}, got shape {a.shape}")
-        first = first or (name, a.dtype)
-        if a.dtype != first[1] or a.dtype.name not in ("float32", "float64"):
-            raise TypeError(f"{name} must be float32 or float64 like {first[0]}, got {a.dtype}")
-    return out
+
+    def decorate(f):
+        @functools.wraps(f)
+        def checked(*args, **kw):
+            bound, sizes = inspect.signature(f).bind(*args, **kw), {}
+            for name, a in bound.arguments.items():
+                if name in wanted and a is not None:
+                    bound.arguments[name] = _fitting(name, a, wanted[name].split(), sizes)
+            return f(*bound.args, **bound.kwargs)
+
+        checked.shapes = wanted
+        return checked
+
+    return decorate
 
 
-def T(X):
-    """The last two axes exchanged, of a Tensor or an array."""
-    return X.transpose(*range(X.ndim - 2), X.ndim - 1, X.ndim - 2)
+def _fitting(name, a, letters, sizes):
+    """a as a Tensor, of the sizes by letter and of the dtype in `sizes`, which it may add to."""
+    a = a if isinstance(a, Tensor) else Tensor(a)
+    batch, shape = a.ndim - len(letters) + 1, a.shape
+    if letters[0] == "..." and batch >= 0:
+        shape = shape[:batch], *shape[batch:]
+    sizes |= {x: int(x[0]) * sizes.get(x[1:], 1) for x in letters if x[0].isdigit()}
+    known = "".join(f", {x} = {n}" for x, n in sizes.items() if x in letters and x != "1")
+    fits = len(shape) == len(letters) and 0 not in shape
+    if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape)):
+        raise ValueError(f"{name} must be ({', '.join(letters)}){known}, got shape {a.shape}")
+    if a.dtype != sizes.setdefault("dtype", a.dtype) or a.dtype.name not in ("float32", "float64"):
+        raise TypeError(f"{name} must be float32 or float64, as all the others, got {a.dtype}")
+    return a
 
 
-def swap(X):
-    """(..., a, b, c) -> (..., b, a, c)"""
-    return X.transpose(*range(X.ndim - 3), X.ndim - 2, X.ndim - 3, X.ndim - 1)
+def T(X, i=-2, j=-1):
+    """Two axes exchanged, by default the last two, of a Tensor or an array."""
+    axes = list(range(X.ndim))
+    axes[i], axes[j] = axes[j], axes[i]
+    return X.transpose(*axes)
 
 
 def split_heads(X, heads):
     """(..., N, d) -> (..., h, N, d/h)"""
     if heads < 1 or X.shape[-1] % heads:
         raise ValueError(f"heads must divide the width: {heads} heads, width {X.shape[-1]}")
-    return swap(X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads))
+    return T(X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads), -3, -2)
 
 
 def join_heads(X):
     """(..., h, N, p) -> (..., N, h p)"""
-    return swap(X).reshape(*X.shape[:-3], X.shape[-2], X.shape[-3] * X.shape[-1])
+    return T(X, -3, -2).reshape(*X.shape[:-3], X.shape[-2], X.shape[-3] * X.shape[-1])
 
 
 def _sigmoid(a):
@@ -66,24 +76,3 @@ sigmoid = ag.operator(_sigmoid, lambda g, s: [g * s * (1 - s)])  # 1/(1 + e^{−
 def silu(a):
     """a σ(a)"""
     return a * sigmoid(a)
-
-
-def _scan(A, J):
-    S = J.copy()
-    for t in range(1, J.shape[-3]):
-        S[..., t, :, :] += S[..., t - 1, :, :] @ A[..., t, :, :]
-    return S, (A, S)
-
-
-def _scan_backward(G, saved):
-    """The same recurrence from the last to the first: Λ_t = Λ_{t+1} A_{t+1}ᵀ + G_t is ∂/∂J_t."""
-    A, S = saved
-    after = T(array_module(A).roll(A, -1, axis=-3))  # A_{t+1}ᵀ
-    Lam = _scan(after[..., ::-1, :, :], G[..., ::-1, :, :])[0][..., ::-1, :, :]
-    dA = array_module(A).zeros_like(A)
-    dA[..., 1:, :, :] = T(S[..., :-1, :, :]) @ Lam[..., 1:, :, :]
-    return dA, Lam
-
-
-# S_t = S_{t−1} A_t + J_t from S = 0:  A (..., N, n, n), J (..., N, m, n) -> S (..., N, m, n).
-scan = ag.operator(_scan, _scan_backward)

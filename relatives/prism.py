@@ -7,8 +7,7 @@
 
 Source: arXiv 2602.10796v2, Algorithm 1 and Eq. 9–18; none of its authors' programs computes this
 recurrence, and in one of them the writes never reach the output.  GELU is the exact one, with erf.
-Shapes: X (..., N, d), cw (d, taps), its last tap for the token itself, cb (d,), Wq, Wv, Wo (d, d),
-wa (d, 1), Wk, Wp (L, d, d), Wb (L, d, 1).  Cost: N L d², here N d³, as the d × d transitions are
+The last tap of cw is for the token itself.  Cost: N L d², here N d³, as the d × d transitions are
 formed.  Causal: only.  Assumes LayerNorm, a skip and a gate: k is not normalised, S grows.
 Beside OSA: a recurrence buys an order of time and pays with sequential code and no isometry; OSA
 buys the isometry and pays with causality.
@@ -18,18 +17,15 @@ import math
 
 import autograd as ag
 from autograd import array_module
-from relatives.ops import T, scan, shaped, sigmoid, silu, swap
+from relatives.ops import T, shaped, sigmoid, silu
+from relatives.pdssm import scan
 
 
 def erf(x):
-    """erf(x) to a few eps, absolute, by elementary functions: NumPy has none.
-
-    A square wave of half period 12, smoothed by a Gaussian, equals erf between −6 and 6 up to
-    erfc(6) = 2e-17, and its Fourier coefficients fall as fast: 24 terms.
-    """
+    """erf(x) to a few eps, which NumPy has not: the Fourier series of a square wave of half period
+    12 smoothed by a Gaussian, which equals erf between −6 and 6 up to erfc(6) = 2e-17."""
     xp, waves = array_module(x), [n * math.pi / 12 for n in range(1, 49, 2)]
-    y = xp.clip(x, -6, 6)
-    return sum(math.exp(-w * w / 4) / (3 * w) * xp.sin(w * y) for w in waves)
+    return sum(math.exp(-w * w / 4) / (3 * w) * xp.sin(w * xp.clip(x, -6, 6)) for w in waves)
 
 
 Phi = ag.operator(  # distribution function of the normal law
@@ -43,17 +39,15 @@ def gelu(x):
     return x * Phi(x)
 
 
+@shaped(X="... N d", cw="d taps", cb="d", Wq="d d", Wv="d d", wa="d 1", Wk="L d d", Wp="L d d",
+        Wb="L d 1", Wo="d d")  # fmt: skip
 def prism(X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo):
     """(..., N, d) by the formulas above."""
-    X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo = shaped(
-        X=(X, "... N d"), cw=(cw, "d taps"), cb=(cb, "d"), Wq=(Wq, "d d"), Wv=(Wv, "d d"),
-        wa=(wa, "d 1"), Wk=(Wk, "L d d"), Wp=(Wp, "L d d"), Wb=(Wb, "L d 1"), Wo=(Wo, "d d"),
-    )  # fmt: skip
     xp, (*batch, N, d), taps = array_module(X), X.shape, cw.shape[1]
     X = ag.concatenate([xp.zeros((*batch, taps - 1, d), X.dtype), X], axis=-2)
     U = silu(sum(X[..., i : i + N, :] * cw[:, i] for i in range(taps)) + cb)  # (..., N, d)
     u = U[..., None, :, :]
-    K, P, b = (swap(u @ W) for W in (Wk, Wp, Wb))  # (..., N, L, d), the same, (..., N, L, 1)
+    K, P, b = (T(u @ W, -3, -2) for W in (Wk, Wp, Wb))  # (..., N, L, d), the same, (..., N, L, 1)
     r, writes = (U @ Wv - U)[..., None, :], []
     for i in range(Wk.shape[0]):
         writes.append(gelu(P[..., i : i + 1, :] * r))

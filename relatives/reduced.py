@@ -1,42 +1,31 @@
 """The transformer reduced to a minimum: softmax attention with merged, shared or omitted matrices.
 
-    variant          weights        scores, times √(h/d)              values, output
-    full, full2 …    Wq Wk Wv Wo    (X W_q)(X W_k)ᵀ                   X W_v, W_o
-    sym, sym2 …      Wq Wv Wo       (X W_q)(X W_q)ᵀ, W_k = W_q        X W_v, W_o
-    qk               Wqk Wv Wo      (X W_qk) Xᵀ                       X W_v, W_o
-    cholesky         T_ Wv Wo       X T Tᵀ Xᵀ, T lower triangular     X W_v, W_o
-    qk_novo, cholesky_novo          as above                          X, no W_o
+    full        Wq Wk Wv Wo    scores (X W_q)(X W_k)ᵀ √(h/d),      output [softmax X W_v, …] W_o
+    symmetric   Wq Wv Wo       (X W_q)(X W_q)ᵀ √(h/d), W_k = W_q
+    merged      Wqk Wv Wo      (X W_qk) Xᵀ/√d, one head
+    Cholesky    T_ Wv Wo       X T Tᵀ Xᵀ/√d, T lower triangular, one head
+    without Wv and Wo, each    values X, no W_o
 
-A number behind "full" and "sym" is that of the heads h, 1 by default; the others have one.
-Source: arXiv 2410.13732v2, text.  Shapes: X (..., N, d), all weights (d, d); above its diagonal T_
-is not read.  Cost: N² d.  Causal: as softmax, not here.  Assumes a skip and norm, as softmax.
+Source: arXiv 2410.13732v2, text.  Above its diagonal T_ is not read.
+Cost: N² d.  Causal: as softmax, not here.  Assumes a skip and norm, as softmax.
 Beside OSA: the scores split into a symmetric and an antisymmetric half; this keeps the first and
 finds it enough for softmax, OSA keeps the second, for which W_k = W_q is the identity.
 """
-
-import re
 
 from autograd import array_module
 from relatives.ops import join_heads, shaped, split_heads
 from relatives.softmax import softmax
 
-WEIGHTS = {"full": "Wq Wk Wv Wo", "sym": "Wq Wv Wo", "qk": "Wqk Wv Wo", "qk_novo": "Wqk"}
-WEIGHTS |= {"cholesky": "T_ Wv Wo", "cholesky_novo": "T_"}
 
-
-def reduced(X, variant, **weights):
-    """(..., N, d) by the formulas above; weights as named in the table."""
-    name, heads = re.fullmatch(r"(.*?)(\d*)", variant).groups()
-    if name not in WEIGHTS or heads and name not in ("full", "sym"):
-        raise ValueError(f"variant must be one of {', '.join(WEIGHTS)}, got {variant!r}")
-    if set(weights) != set(WEIGHTS[name].split()):
-        raise ValueError(f"weights of {variant!r} are {WEIGHTS[name]}, got {' '.join(weights)}")
-    X, *W = shaped(X=(X, "... N d"), **{k: (w, "d d") for k, w in weights.items()})
-    w, xp, d = dict(zip(weights, W)), array_module(X), X.shape[-1]
-    if "T_" in w:
-        w["Wq"] = w["T_"] * xp.tril(xp.ones((d, d), X.dtype))
-    Q = X @ (w["Wqk"] if "Wqk" in w else w["Wq"])
-    K = X if "Wqk" in w else X @ w["Wk"] if "Wk" in w else Q
-    V = X @ w["Wv"] if "Wv" in w else X
-    O = join_heads(softmax(*(split_heads(M, int(heads or 1)) for M in (Q, K, V))))
-    return O @ w["Wo"] if "Wo" in w else O
+@shaped(X="... N d", **dict.fromkeys("Wq Wk Wqk T_ Wv Wo".split(), "d d"))
+def reduced(X, *, Wq=None, Wk=None, Wqk=None, T_=None, Wv=None, Wo=None, heads=1):
+    """(..., N, d) by the formulas above; the weights that are given choose among them."""
+    if sum(W is not None for W in (Wq, Wqk, T_)) != 1 or (Wk and not Wq) or (heads > 1 and not Wq):
+        raise ValueError("reduced takes Wq, Wq and Wk, Wqk or T_, and several heads with Wq alone")
+    if T_:
+        Wq = T_ * array_module(X).tril(array_module(X).ones(T_.shape, X.dtype))
+    Q = X @ (Wqk or Wq)
+    K = X if Wqk else X @ Wk if Wk else Q
+    V = X @ Wv if Wv else X
+    O = join_heads(softmax(*(split_heads(M, heads) for M in (Q, K, V))))
+    return O @ Wo if Wo else O

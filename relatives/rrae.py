@@ -2,7 +2,7 @@
 
     Y = U diag(s) Vᵀ (L, B), the latent vectors of a batch as columns;   Ỹ = U_k diag(s_k) V_kᵀ
 
-Source: arXiv 2405.13980 and its code.  Shapes: Y (..., L, B) -> the same.  Cost: one SVD.
+Source: arXiv 2405.13980 and its code.  Cost: one SVD.
 Gradient, ours: U₁, V₁ the kept singular vectors, U₂, V₂ the dropped ones, ρ_ij = s_j/s_i ≤ 1,
 
     dY = U₁U₁ᵀG + G V₁V₁ᵀ − U₁U₁ᵀ G V₁V₁ᵀ + U₁ E V₂ᵀ + U₂ Fᵀ V₁ᵀ,   a = U₁ᵀGV₂,  b = (U₂ᵀGV₁)ᵀ
@@ -19,9 +19,9 @@ from autograd import array_module
 from relatives.ops import T, shaped
 
 
+@shaped(Y="... L B")
 def truncate(Y, k):
     """The best approximation of Y (..., L, B) of rank k, 1 ≤ k ≤ min(L, B)."""
-    (Y,) = shaped(Y=(Y, "... L B"))
     if not 1 <= k <= min(Y.shape[-2:]):
         raise ValueError(f"k must be in 1 … {min(Y.shape[-2:])} for Y of {Y.shape}, got {k}")
     k = int(k)

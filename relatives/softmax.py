@@ -2,9 +2,8 @@
 
     O = softmax(Q Kᵀ/√d) V, each row over all keys, or over those up to the token itself
 
-Source: Vaswani et al., arXiv 1706.03762.  Shapes: Q, K (..., N, d), V (..., N, m) -> (..., N, m).
-Cost: N² (d + m).  Causal: both.  Assumes a skip and norm: A is positive with rows of sum 1, it
-averages, and without skips it turns all tokens into one, layer by layer.
+Source: Vaswani et al., arXiv 1706.03762.  Cost: N² (d + m).  Causal: both.
+Assumes a skip and norm: an average, without skips it turns all tokens into one, layer by layer.
 Beside OSA: rows that sum to one (1 is a right eigenvector) against rows that are orthonormal.
 """
 
@@ -17,45 +16,39 @@ from osa_minimal import MultiHeadOSA, random_orthogonal, tensors
 from relatives.ops import T, shaped
 
 
-def softmax(Q, K, V, *, causal=False):
-    """(..., N, m) by the formula above."""
-    Q, K, V = shaped(Q=(Q, "... N d"), K=(K, "... N d"), V=(V, "... N m"))
-    S = (Q * Q.shape[-1] ** -0.5) @ T(K)  # (..., N, N)
+def softmax_forward(Q, K, V, causal=False):
+    """O (..., N, m) of arrays, and what its backward needs."""
+    xp, (N, d) = array_module(Q, K, V), Q.shape[-2:]
+    A = product(Q * d**-0.5, T(K))  # (..., N, N)
     if causal:
-        xp, N = array_module(S), Q.shape[-2]
-        S = S + xp.triu(xp.full((N, N), -xp.inf, S.dtype), 1)
-    return ag.softmax(S) @ V
-
-
-# The same for the layer, not causal, on one array, with its backward pass by hand.
-def softmax_forward(F):
-    """softmax(Q Kᵀ/√d_v) V from F = [Q, K, V] (..., N, 3 d_v), and what its backward needs."""
-    xp = array_module(F)
-    if F.ndim < 2 or F.shape[-1] % 3 or not F.size:
-        raise ValueError(f"F must be (..., N, 3 d_v), not empty, got shape {F.shape}")
-    d_v = F.shape[-1] // 3
-    Q, K, V = (F[..., i : i + d_v] for i in (0, d_v, 2 * d_v))
-    A = product(Q * d_v**-0.5, T(K))  # (..., N, N)
+        A += xp.triu(xp.full((N, N), -xp.inf, A.dtype), 1)
     A -= A.max(axis=-1, keepdims=True)
     xp.exp(A, out=A)
     A /= A.sum(axis=-1, keepdims=True)
-    return product(A, V), (F, A)
+    return product(A, V), (Q, K, V, A)
 
 
 def softmax_backward(dO, saved):
-    """dF for dO (..., N, d_v):  dV = Aᵀ dO,  dS = A ∘ (dO Vᵀ − ⟨dO, O⟩ per row),  O = A V."""
-    F, A = saved
-    d_v, xp = F.shape[-1] // 3, array_module(F)
-    Q, K, V = (F[..., i : i + d_v] for i in (0, d_v, 2 * d_v))
+    """dQ, dK, dV:  dV = Aᵀ dO,  dS = A ∘ (dO Vᵀ − ⟨dO, O⟩ per row),  O = A V."""
+    Q, K, V, A = saved
     dS = product(dO, T(V))
     dS -= (dS * A).sum(axis=-1, keepdims=True)
     dS *= A
-    dS *= d_v**-0.5
-    parts = (dS, K), (T(dS), Q), (T(A), dO)  # dQ, dK, dV
-    return [xp.concatenate([product(*part) for part in parts], axis=-1)]
+    dS *= Q.shape[-1] ** -0.5
+    return product(dS, K), product(T(dS), Q), product(T(A), dO)
 
 
-softmax_attention = ag.operator(softmax_forward, softmax_backward)
+@shaped(Q="... N d", K="... N d", V="... N m")
+def softmax(Q, K, V, *, causal=False):
+    """O (..., N, m) by the formula above."""
+    return ag.operator(lambda *QKV: softmax_forward(*QKV, causal), softmax_backward)(Q, K, V)
+
+
+# The same for a layer, of [Q, K, V] (B, h, N, 3 d_v) in one array.
+softmax_attention = ag.operator(
+    lambda QKV: softmax_forward(*array_module(QKV).split(QKV, 3, axis=-1)),
+    lambda dO, saved: [array_module(dO).concatenate(softmax_backward(dO, saved), axis=-1)],
+)
 
 
 class Softmax(MultiHeadOSA):
@@ -70,5 +63,5 @@ class Softmax(MultiHeadOSA):
             super().__init__(d, heads, rng, xp, dtype)
             del self.parameters["alpha"]
 
-    def attend(self, F):
-        return softmax_attention(F)
+    def attend(self, QKV):
+        return softmax_attention(QKV)

@@ -1,83 +1,69 @@
 """The network with any attention, skip connections and layer normalisation.
 
 With both it is the usual ViT: X ← X + Attention(LN(X)), X ← X + MLP(LN(X)), and LN at the end; with
-neither the skipless network of `osa_minimal`.
+neither the skipless network of `osa_minimal`; with skip="delta" x + y is replaced as `delta` says.
 """
 
 import numpy as np
 
 import autograd as ag
-from autograd import array_module
 from osa_minimal import SkiplessTransformer, tensors
+from relatives.delta import DeltaSkip
+from relatives.ops import shaped
 
 
-def layer_norm_forward(X, gain, bias, eps=1e-5):
+@shaped(X="... d", gain="d", bias="d")
+def layer_norm(X, gain, bias, eps=1e-5):
     """gain ∘ X̂ + bias, X̂ = (X − mean)/√(variance + eps) over the last axis."""
-    xp = array_module(X, gain, bias)
-    if not X.shape[-1:] == gain.shape == bias.shape != (0,):
-        raise ValueError(
-            f"layer_norm needs (..., d), (d,), (d,), got {X.shape}, {gain.shape}, {bias.shape}"
-        )
     centred = X - X.mean(axis=-1, keepdims=True)
-    centred -= centred.mean(axis=-1, keepdims=True)  # what rounding left of a large mean
-    scale = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
-    centred *= scale  # X̂
-    return centred * gain + bias, (centred, scale, gain)
-
-
-def layer_norm_backward(dY, saved):
-    """dX = scale (D − mean(D) − X̂ mean(D ∘ X̂)) with D = dY ∘ gain."""
-    Xhat, scale, gain = saved
-    D, rows = dY * gain, tuple(range(dY.ndim - 1))
-    dX = D - D.mean(axis=-1, keepdims=True) - Xhat * (D * Xhat).mean(axis=-1, keepdims=True)
-    dX *= scale
-    return dX, ag.total(dY * Xhat, axis=rows), ag.total(dY, axis=rows)
-
-
-layer_norm = ag.operator(layer_norm_forward, layer_norm_backward)
+    variance = (centred * centred).mean(axis=-1, keepdims=True)
+    return centred / ag.sqrt(variance + eps) * gain + bias
 
 
 class LayerNorm:
     """Layer normalisation over the width; its parameters are `name`.gain and `name`.bias."""
 
     def __init__(self, name, d, xp, dtype):
-        self.keys = f"{name}.gain", f"{name}.bias"
-        arrays = np.ones(d, dtype), np.zeros(d, dtype)
-        self.parameters = tensors(dict(zip(self.keys, arrays)), xp)
+        one = np.ones(d, dtype)
+        self.parameters = tensors({f"{name}.gain": one, f"{name}.bias": 0 * one}, xp)
 
     def __call__(self, X):
-        return layer_norm(X, *(self.parameters[k] for k in self.keys))
+        return layer_norm(X, *self.parameters.values())
+
+
+SKIPS = {"none": lambda X, Y, C: Y, "add": lambda X, Y, C: X + Y, "delta": None}  # delta.py
 
 
 class Block:
-    """X ← [X +] f([LN](X)), f an attention or an MLP; norm and skip may be left out."""
+    """X ← skip(X, f(C), C) with C = norm(X), f an attention or an MLP."""
 
     def __init__(self, f, norm, skip):
-        self.f, self.norm, self.skip = f, norm or (lambda X: X), skip
-        self.parameters = f.parameters | (norm.parameters if norm else {})
+        self.f, self.norm, self.skip, self.parameters = f, norm, skip, dict(f.parameters)
+        for part in (norm, skip):
+            self.parameters |= getattr(part, "parameters", {})
 
     def project(self, X):
         return self.f.project(self.norm(X))
 
     def __call__(self, X):
-        Y = self.f(self.norm(X))
-        return X + Y if self.skip else Y
+        C = self.norm(X)
+        return self.skip(X, self.f(C), C)
 
 
 class Transformer(SkiplessTransformer):
-    """`SkiplessTransformer` with skip connections (`skip`) and pre-LayerNorm (`norm`) at will."""
+    """`SkiplessTransformer` with skip connections (SKIPS) and pre-LayerNorm (`norm`) at will."""
 
-    def __init__(self, *, d, skip=False, norm=False, xp=np, dtype=np.float32, **kw):
+    def __init__(self, *, d, skip="none", norm=False, xp=np, dtype=np.float32, **kw):
         super().__init__(d=d, xp=xp, dtype=dtype, **kw)
-        if skip or norm:
-            self.layers = [
-                tuple(
-                    Block(f, LayerNorm(f"norm_{i}", d, xp, dtype) if norm else None, skip)
-                    for i, f in enumerate(layer, 1)
-                )
-                for layer in self.layers
-            ]
-        self.last_norm = LayerNorm("norm", d, xp, dtype) if norm else lambda X: X
+        made = d, xp, dtype
+
+        def block(f, i):
+            ln = LayerNorm(f"norm_{i}", *made) if norm else lambda X: X
+            return Block(f, ln, SKIPS[skip] or DeltaSkip(f"skip_{i}", *made))
+
+        if skip != "none" or norm:
+            self.layers = [(block(attention, 1), block(mlp, 2)) for attention, mlp in self.layers]
+        self.last_norm = LayerNorm("norm", *made) if norm else lambda X: X
         self.outer |= self.last_norm.parameters if norm else {}
 
     def __call__(self, images):

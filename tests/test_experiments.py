@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = "comparison", "depth", "propagation", "recall"
+NAMES = "comparison", "depth", "propagation", "recall", "relatives"
 
 
 def run(*arguments):
@@ -36,3 +36,5 @@ def test_the_figure_is_drawn_from_committed_results(name, tmp_path):
     done = run(str(folder / f"{name}.py"), "--draw")
     assert done.returncode == 0, done.stderr
     assert (folder / "results" / f"{name}.png").stat().st_size > 10_000
+    page = (ROOT / "relatives" / "README.md").read_text(encoding="utf-8")
+    assert all(row in page for row in done.stdout.splitlines())  # "relatives" prints its table

@@ -369,7 +369,7 @@ def trained(model, data, out, processes):
 def test_one_process_and_two_give_the_same_weights(rng, tmp_path):
     sizes = dict(d=8, heads=2, depth=2, patch=3, image=(12, 9, 3), classes=5, mlp_ratio=2)
     ours = osa_minimal.SkiplessTransformer(**sizes, eta=0.3, rng=rng, dtype=np.float64)
-    about = {**sizes, "attention": "osa", "skip": False, "norm": False, "mean": 0.5, "std": 0.3,
+    about = {**sizes, "attention": "osa", "skip": "none", "norm": False, "mean": 0.5, "std": 0.3,
              "slope": ours.slope}  # fmt: skip
     model, data = tmp_path / "m.safetensors", tmp_path / "d.npz"
     before = {k: p.data for k, p in ours.parameters.items()}

@@ -25,8 +25,8 @@ from test_properties_autograd import (
 import osa_minimal as osa
 from autograd import Tensor
 from fast import basis
-from relatives.softmax import softmax_attention, softmax_forward
-from relatives.transformer import layer_norm, layer_norm_forward
+from relatives.softmax import softmax_attention
+from relatives.transformer import layer_norm
 from training import data, optimizers
 from training.options import UserError
 
@@ -43,7 +43,7 @@ def test_softmax_attention_and_its_gradient_are_the_formula(rng, batch, N, d, dt
     F = laid_out(np.concatenate([Q, K, V], axis=-1), rng.choice(LAYOUTS))
     result = attempt(with_gradients(softmax_attention), dO, F)
     if not F.size:
-        assert isinstance(result, ValueError)
+        assert isinstance(result, ValueError) or not result[0].size
         return
     Q, K, V, dO = (a.astype(float) for a in (Q, K, V, dO))
     scores = Q @ K.mT / math.sqrt(d)
@@ -68,6 +68,9 @@ def test_softmax_attention_and_its_gradient_are_the_formula(rng, batch, N, d, dt
 def test_layer_norm_and_its_gradients_are_the_formula(rng, batch, d, dtype):
     X, gain, bias, dY = numbers(rng, dtype, (*batch, d), (d,), (d,), (*batch, d), odd=())
     result = attempt(with_gradients(layer_norm), dY, X, gain, bias)
+    if not X.size:
+        assert isinstance(result, ValueError)
+        return
     x, a, b, g = (t.astype(float) for t in (X, gain, bias, dY))
     centred = x - x.mean(axis=-1, keepdims=True)
     scale = 1 / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
@@ -258,10 +261,6 @@ def test_a_split_shares_out_each_image_at_most_once(rng, n, limit):
 
 
 CALLS = {
-    "softmax": softmax_forward,
-    "layer norm": lambda a: layer_norm_forward(a, np.ones(2), np.ones(2)),
-    "gain": lambda a: layer_norm_forward(np.ones((2, 2)), a, np.ones(2)),
-    "bias": lambda a: layer_norm_forward(np.ones((2, 2)), np.ones(2), a),
     "unit_columns": basis.unit_columns,
     "cholesky_basis": basis.cholesky_basis,
     "double_basis": basis.double_basis,

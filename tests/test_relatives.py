@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 import autograd as ag
-import relatives
 from autograd import Tensor
-from osa_minimal import MultiHeadOSA
 from relatives import ops, pdssm, prism
 from relatives.cayley import cayley
 from relatives.chela import chela
@@ -26,6 +24,7 @@ from relatives.reduced import reduced
 from relatives.rrae import truncate
 from relatives.softmax import Softmax, softmax
 from relatives.tost import tssa
+from relatives.transformer import Transformer
 from relatives.xsa import xsa
 
 FOLDER = Path(__file__).parent / "relatives"
@@ -34,16 +33,16 @@ RIGHT = 1e-12  # relative to the largest entry: sums of some hundred terms, degr
 CHECK = 1e-8  # differences are right to eps^(2/3) = 4e-11, times the curvature of degree 7
 
 
-def variant(name, *weights):
-    """reduced(X, name, …) with its weights one after the other."""
-    return lambda X, *arrays: reduced(X, name, **dict(zip(weights, arrays)))
+def variant(names, heads=1):
+    """`reduced` with the weights of these names one after the other, "X …"."""
+    return lambda X, *W: reduced(X, heads=heads, **dict(zip(names.split()[1:], W))), names, {}
 
 
 # name: function, its arguments, its keywords.  The file is that of the name, or `FILE`'s with the
 # name for a suffix.
 CASES = {
     "cayley": (cayley, "Q K V eps", {}),
-    "tost": (tssa, "X W temp Wo bo", {"heads": 2}),
+    "tost": (tssa, "X W temp Wo bo", {}),
     "circulant_even": (circulant, "X Wqkv Wg bg Wo bo", {"grid": 4}),
     "ddl": (delta, "X Kin C wb bb wv bv", {"k_eps": 1e-5, "v_scale": 4.0}),
     "prism": (prism.prism, "X cw cb Wq Wv wa Wk Wp Wb Wo", {}),
@@ -53,14 +52,14 @@ CASES = {
     "chela": (chela, "X kl ks gq bq gk bk Wv bv Wg bg Wo bo", {}),
     "rrae_tall": (truncate, "Y", {"k": 3}),
     "xsa": (xsa, "Q K V", {}),
-    "full1": (variant("full1", "Wq", "Wk", "Wv", "Wo"), "X Wq Wk Wv Wo", {}),
-    "full2": (variant("full2", "Wq", "Wk", "Wv", "Wo"), "X Wq Wk Wv Wo", {}),
-    "sym1": (variant("sym1", "Wq", "Wv", "Wo"), "X Wq Wv Wo", {}),
-    "sym2": (variant("sym2", "Wq", "Wv", "Wo"), "X Wq Wv Wo", {}),
-    "qk": (variant("qk", "Wqk", "Wv", "Wo"), "X Wqk Wv Wo", {}),
-    "qk_novo": (variant("qk_novo", "Wqk"), "X Wqk", {}),
-    "cholesky": (variant("cholesky", "T_", "Wv", "Wo"), "X T_ Wv Wo", {}),
-    "cholesky_novo": (variant("cholesky_novo", "T_"), "X T_", {}),
+    "full1": variant("X Wq Wk Wv Wo"),
+    "full2": variant("X Wq Wk Wv Wo", 2),
+    "sym1": variant("X Wq Wv Wo"),
+    "sym2": variant("X Wq Wv Wo", 2),
+    "qk": variant("X Wqk Wv Wo"),
+    "qk_novo": variant("X Wqk"),
+    "cholesky": variant("X T_ Wv Wo"),
+    "cholesky_novo": variant("X T_"),
     "hla2": (hla2, "Q K V", {}),
     "ahla": (ahla, "Q K V", {}),
     "hla3": (hla3, "Q K V", {}),
@@ -169,14 +168,14 @@ def cayley_dense(Q, K, V, eps):
     return np.linalg.inv(I - Z / 2) @ (I + Z / 2) @ V
 
 
-def tssa_causal_loops(X, W, temp, Wo, denom_bias):
+def tssa_causal_loops(X, W, temp, Wo):
     h, N = len(temp), len(X)
     w = np.stack(np.split(X @ W, h, axis=1))  # (h, N, p)
     m = np.zeros((h, N))
     for t in range(N):
         for i in range(h):
             norm = (w[i, : t + 1] ** 2).sum(axis=0)
-            m[i, t] = temp[i, 0] * sum(w[i, t] ** 2 / norm + denom_bias[i, t, 0])
+            m[i, t] = temp[i, 0] * sum(w[i, t] ** 2 / norm)
     Pi = np.exp(m) / np.exp(m).sum(axis=0)
     O = np.zeros((N, 0))
     for i in range(h):
@@ -206,17 +205,14 @@ def circulant_loops(X, Wqkv, Wg, bg, Wo, bo, grid, scale=0.5):
     return y * silu(X @ Wg + bg) @ Wo + bo
 
 
-def delta_matrix(X, Kin, C, wb, bb, wv, bv, Vin, k_eps, v_scale):
-    """(I − β k kᵀ) X + β k vᵀ, token by token."""
+def delta_matrix(X, Kin, C, wb, bb, wv, bv, k_eps):
+    """(I − β k kᵀ) x + β k v, token by token."""
     out = []
-    for x, k, c, value in zip(X, Kin, C, Vin):
+    for x, k, c in zip(X, Kin, C):
         k = k / math.sqrt(k @ k + k_eps**2)
         beta = 2 / (1 + math.exp(-(c @ wb + bb).item()))
-        v = value @ wv + bv
-        v = v if v_scale is None else v_scale / (1 + np.exp(-v))
-        x = x if x.ndim == 2 else x[:, None]
-        out.append((np.eye(len(k)) - beta * np.outer(k, k)) @ x + beta * np.outer(k, v))
-    return np.array(out).reshape(X.shape)
+        out.append((np.eye(len(k)) - beta * np.outer(k, k)) @ x + beta * k * (x @ wv + bv))
+    return np.array(out)
 
 
 def prism_loops(X, cw, cb, Wq, Wv, wa, Wk, Wp, Wb, Wo):
@@ -316,9 +312,9 @@ OTHERS = {
     "cayley short": (cayley, cayley_dense, gaussian(*SHORT, ()), 3, {}),
     "cayley one token": (cayley, cayley_dense, gaussian(*ONE, ()), 3, {}),
     "tssa causal": (
-        lambda *a: tssa(*a[:4], heads=3, causal=True, denom_bias=a[4]),
+        lambda *a: tssa(*a, causal=True),
         tssa_causal_loops,
-        gaussian((5, 6), (6, 6), (3, 1), (6, 6), (3, 9, 1)),
+        gaussian((5, 6), (6, 6), (3, 1), (6, 6)),
         1,
         {},
     ),
@@ -337,18 +333,11 @@ OTHERS = {
         {"grid": (2, 5)},
     ),
     "ddl linear": (
-        lambda *a, **kw: delta(*a[:7], Vin=a[7], **kw),
+        delta,
         delta_matrix,
-        gaussian((5, 4), (5, 4), (5, 4), (4, 1), (1,), (4, 1), (1,), (5, 4)),
+        gaussian((5, 4), (5, 4), (5, 4), (4, 1), (1,), (4, 1), (1,)),
         3,
-        {"k_eps": 1e-5, "v_scale": None},
-    ),
-    "ddl wide": (
-        lambda *a, **kw: delta(*a[:7], Vin=a[7], **kw),
-        delta_matrix,
-        gaussian((5, 4, 3), (5, 4), (5, 4), (4, 1), (1,), (4, 3), (3,), (5, 4)),
-        3,
-        {"k_eps": 1e-5, "v_scale": 4.0},
+        {"k_eps": 1e-5},
     ),
     "prism": (
         prism.prism,
@@ -393,7 +382,7 @@ for order, f in ((1, ahla), (2, hla2), (3, hla3)):
 def test_other_shapes_agree_with_loops_in_a_batch_and_alone(xp, name):
     f, oracle, arrays, own, kw = OTHERS[name]
     scale = np.array([1.0, -0.8, 0.6, 0.9, 0.7, -0.5]).reshape(2, 3)
-    own = [i for i in range(len(arrays)) if i < own or (i == 7 and name.startswith("ddl"))]
+    own = range(own)
     if kw.get("normalise"):
         scale = abs(scale)
     batch = [
@@ -454,7 +443,7 @@ def test_without_a_gap_the_rank_truncation_returns_a_projection_and_no_infinity(
         assert np.linalg.norm(d) <= np.linalg.norm(G)
 
 
-@pytest.mark.parametrize("f", [ops.sigmoid, ops.silu, prism.gelu, pdssm.cos, pdssm.sin])
+@pytest.mark.parametrize("f", [ops.sigmoid, ops.silu, prism.gelu, pdssm.sin])
 def test_activations_have_their_gradients(xp, rng, f):
     assert ag.gradient_check(f, xp.asarray(3 * rng.standard_normal((4, 5)))) < CHECK
     far = f(xp.asarray(np.array([-1e3, 1e3], np.float32)))  # nothing overflows
@@ -571,20 +560,17 @@ def test_a_state_of_pd_ssm_without_input_never_grows(rng):
 
 def test_wrong_calls_are_told_what_is_allowed(rng):
     X, W = rng.standard_normal((6, 4)), rng.standard_normal((4, 4))
-    X3 = rng.standard_normal((6, 4, 2))
     b = np.zeros(4)
     calls = {
-        "heads must divide": lambda: tssa(X, W, np.ones((3, 1)), W, heads=3),
-        "denom_bias must be for 6": lambda: tssa(
-            X, W, np.ones((2, 1)), W, heads=2, denom_bias=np.ones((2, 5, 1))
-        ),
+        "heads must divide": lambda: tssa(X, W, np.ones((3, 1)), W),
         "grid must hold the 6": lambda: circulant(X, np.ones((4, 12)), W, b, W, b, (2, 2)),
         "W1 must be .* k p = 6": lambda: monarch(X, np.ones((2, 2, 2)), np.ones((2, 2, 2))),
         "W2 must be .* k q = 6": lambda: monarch(X, np.ones((2, 3, 3)), np.ones((2, 2, 2))),
-        "Vin, the compressed": lambda: delta(X3, X, X, W, b, W, b, k_eps=1e-5),
         "k must be in 1 … 4": lambda: truncate(X, 5),
-        "variant must be one of": lambda: reduced(X, "qk2", Wqk=W),
-        "weights of 'sym' are": lambda: reduced(X, "sym", Wq=W),
+        "reduced takes Wq, Wq and Wk, Wqk or T_": lambda: reduced(X, Wqk=W, Wq=W),
+        "reduced takes .* several heads with Wq": lambda: reduced(X, Wqk=W, heads=2),
+        "kl must have 11 lags": lambda: chela(X, np.ones((4, 6)), np.ones((4, 1)), *[b] * 4,
+                                              *[W, b] * 3),
         "ks must have an odd": lambda: chela(X, np.ones((4, 11)), np.ones((4, 2)), *[b] * 4,
                                              *[W, b] * 3),
         "eps must be a number": lambda: cayley(X, X, X, np.ones(6)),
@@ -597,35 +583,46 @@ def test_wrong_calls_are_told_what_is_allowed(rng):
 # ----------------------------------------------------------------------------------- as layers
 
 
-def start_of_layer(name):
-    """‖Y‖/‖X‖ and the largest, the median and the smallest singular value of ∂Y/∂X."""
-    rng = np.random.default_rng(0)
-    known = LAYERS | {"osa": MultiHeadOSA, "softmax": Softmax}
-    more = {"tokens": 16} if name in ("monarch", "chela") else {}
-    layer = known[name](8, 2, rng, np, np.float64, **more)
-    X, rows = rng.standard_normal((1, 16, 8)), []
-    for G in np.eye(X.size):
-        Y, (row,) = run(layer, [X], G.reshape(X.shape))
-        rows.append(row.ravel())
-    sigma = np.linalg.svd(np.array(rows), compute_uv=False)
-    ratio = np.linalg.norm(Y) / np.linalg.norm(X)
-    return ratio, sigma[0], np.median(sigma), sigma[-1]
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_delta_skip_is_the_rule_around_every_branch(norm, rng):
+    model = Transformer(
+        d=8, heads=2, depth=2, patch=2, image=(6, 4), classes=3, mlp_ratio=2, eta=0.3, rng=rng,
+        dtype=np.float64, attention=Softmax, skip="delta", norm=norm,
+    )  # fmt: skip
+    for p in model.parameters.values():
+        p.data = p.data + 0.3 * rng.standard_normal(p.shape)
+    images, W = rng.standard_normal((5, 6, 4)), {k: p.data for k, p in model.parameters.items()}
+
+    def normed(X, name):
+        out = (X - X.mean(axis=-1, keepdims=True)) / np.sqrt(X.var(axis=-1, keepdims=True) + 1e-5)
+        return out * W[name + ".gain"] + W[name + ".bias"] if norm else X
+
+    X = model.embed(images).data
+    for i, layer in enumerate(model.layers):
+        for j, block in enumerate(layer, 1):
+            C = normed(X, f"layers.{i}.norm_{j}")
+            w = [W[f"layers.{i}.skip_{j}.{k}"] for k in ("wb", "bb", "wv", "bv")]
+            X = delta(X, block.f(Tensor(C)), C, *w, v_scale=4.0).data
+    wanted = normed(X, "norm").mean(axis=1) @ W["W_C"] + W["b_C"]
+    assert error(model(images).data, wanted) < RIGHT
 
 
-def test_the_layers_start_as_the_readme_says():
-    text = (Path(relatives.__file__).parent / "README.md").read_text(encoding="utf-8")
-    rows = [r.strip("| ").split(" | ") for r in text.split("## One layer")[1].splitlines()[6:]]
-    assert {r[0] for r in rows} == {*LAYERS, "osa", "softmax"}
-    for name, *numbers in rows:
-        # Two digits; what is below 1e-6 depends on rounding and is printed as 0.
-        assert start_of_layer(name) == pytest.approx(
-            [float(n) for n in numbers], rel=0.06, abs=1e-6
-        )
+@pytest.mark.parametrize("name", ["cayley", "monarch"])
+def test_the_isometries_start_as_such(name, rng):
+    layer = LAYERS[name](8, 2, rng, np, np.float64, tokens=12)
+    X = rng.standard_normal((3, 12, 8))
+    right = np.linalg.norm(X, axis=(1, 2))
+    assert abs(np.linalg.norm(layer(Tensor(X)).data, axis=(1, 2)) / right - 1).max() < 32 * EPS
+
+
+def test_a_lone_token_reads_itself_in_pd_ssm(rng):
+    X = rng.standard_normal((5, 1, 8))
+    assert abs(LAYERS["pdssm"](8, 2, rng, np, np.float64, tokens=1)(X).data - X).max() < 32 * EPS
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_each_layer_takes_a_step_in_float32_and_all_its_weights_have_gradients(xp, rng, name):
-    layer = LAYERS[name](8, 2, rng, xp, **({"tokens": 12} if name in ("monarch", "chela") else {}))
+    layer = LAYERS[name](8, 2, rng, xp, tokens=12)
     X = Tensor(xp.asarray(rng.standard_normal((3, 12, 8)).astype(np.float32)), True)
     Y = layer(X)
     assert Y.shape == X.shape and Y.dtype == np.float32

@@ -28,7 +28,7 @@ def test_logits_and_gradients_are_ours_in_float64(sizes, rng, tmp_path):
     for p in ours.parameters.values():  # away from the start, where biases are 0 and heads alike
         p.data = p.data + 0.1 * rng.standard_normal(p.shape)
     arrays = {k: p.data for k, p in ours.parameters.items()}
-    about = {**sizes, "attention": "osa", "skip": False, "norm": False, "mean": 0.1, "std": 0.3,
+    about = {**sizes, "attention": "osa", "skip": "none", "norm": False, "mean": 0.1, "std": 0.3,
              "slope": ours.slope}  # fmt: skip
     path = tmp_path / "m.safetensors"
     checkpoint.export(path, arrays, {k: str(v) for k, v in about.items()})
@@ -71,7 +71,7 @@ def test_a_trained_and_exported_run_gives_the_same_logits(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("field", ["attention", "skip", "norm"])
 def test_another_network_is_refused(field, tmp_path):
-    about = {"attention": "osa", "skip": "False", "norm": "False"} | {field: "True"}
+    about = {"attention": "osa", "skip": "none", "norm": "False"} | {field: "True"}
     path = tmp_path / "m.safetensors"
     checkpoint.export(path, {"W_E": np.ones(2)}, about)
     with pytest.raises(ValueError, match="no skipless OSA model"):

@@ -281,10 +281,10 @@ FIVE = list(relatives.ATTENTION)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["no norm", "norm"])
-@pytest.mark.parametrize("skip", [False, True], ids=["skipless", "skip"])
+@pytest.mark.parametrize("skip", ["none", "add"])
 @pytest.mark.parametrize("attention", FIVE)
 def test_two_steps_of_every_arm(attention, skip, norm, small, tmp_path):
-    arm = ["--attention", attention, *["--skip"] * skip, *["--norm"] * norm]
+    arm = ["--attention", attention, *["--skip"] * (skip == "add"), *["--norm"] * norm]
     succeed(*small, *arm, "--max-steps", 2, "--out", tmp_path)
     summary, rows = json_of(tmp_path / "summary.json"), rows_of(tmp_path)
     assert summary["steps"] == 2 and math.isfinite(summary["train_loss"])
@@ -293,10 +293,11 @@ def test_two_steps_of_every_arm(attention, skip, norm, small, tmp_path):
     assert (config["attention"], config["skip"], config["norm"]) == (attention, skip, norm)
 
 
-@pytest.mark.parametrize("attention", relatives.LAYERS)
+@pytest.mark.parametrize("attention", [*relatives.LAYERS, "delta"])
 def test_two_steps_of_every_relative(attention, small, tmp_path):
-    """With skips and LayerNorm, which most of them assume; 4 tokens."""
-    arm = ["--attention", attention, "--skip", "--norm", "--patch", 7, "--max-steps", 2]
+    """With skips and LayerNorm, which most of them assume, and the delta rule as skip; 4 tokens."""
+    kind = ["--skip", "delta"] if attention == "delta" else ["--skip", "--attention", attention]
+    arm = [*kind, "--norm", "--patch", 7, "--max-steps", 2]
     succeed(*small, *arm, "--out", tmp_path)
     assert all(math.isfinite(float(row[k])) for row in rows_of(tmp_path) for k in COLUMNS[:7])
 

@@ -17,9 +17,10 @@ class UserError(ValueError):
     """A mistake of the user's, or a bad file or disk: one line and exit status 2, no traceback."""
 
 
-def option(default, help, **may):
-    """A field of Config: its default, what it is, and what it may be (`converter`)."""
-    about = {"help": help, "convert": converter(type(default), **may)}
+def option(default, help, alone=None, **may):
+    """A field of Config: its default, what it is, what it is if given without a value, and what it
+    may be (`converter`)."""
+    about = {"help": help, "convert": converter(type(default), **may), "alone": alone}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -57,7 +58,9 @@ def parse(Config, presets, arguments, description=None):
         if field.type is bool:
             add(name, action="store_true", default=None, help=text)
         else:
-            add(name, type=field.metadata["convert"], help=f"{text}; default {field.default}")
+            about, alone = field.metadata, field.metadata["alone"]
+            help = f"{text}; default {field.default}"
+            add(name, type=about["convert"], help=help, const=alone, nargs=alone and "?")
     count, path, device = converter(int, 1), converter(str), ("auto", "cpu", "cuda")
     add("--device", type=converter(str, choices=device), default="auto", help="auto, cpu or cuda")
     add("--threads", type=count, help="CPU threads; default all cores, 8 at most")
