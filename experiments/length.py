@@ -20,7 +20,7 @@ ARMS = {
 }
 PATCHES = (14, 7, 4, 2, 1)
 RATES, TUNING, SEEDS = (0.003, 0.01, 0.03), 250, 3
-COMMON = {"width": 32, "batch_size": 32, "s_norm": 1.0, "epochs": 1}
+COMMON = {"width": 32, "batch_size": 32, "s_norm": 1.0, "adam_lr": 0.003, "epochs": 1}
 
 
 def experiment(path, processes, quick=False):
