@@ -8,7 +8,8 @@ BIN := .venv/bin
 RUFF := ruff==0.17.5
 
 # A .venv that was left half-made, or whose interpreter is gone, is made anew.
-$(if $(wildcard .venv),$(shell .venv/bin/python -m pip --version > /dev/null 2>&1 || rm -rf .venv))
+$(if $(wildcard .venv),$(shell .venv/bin/python -m pip --version > /dev/null 2>&1 || \
+	.venv/bin/python -m ensurepip > /dev/null 2>&1 || rm -rf .venv))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test notebooks experiments figures bench accuracy gpu card lint class-kit clean

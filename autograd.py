@@ -156,7 +156,7 @@ class Tensor:
             for parent, gp in zip(parents, got):
                 if not parent.requires_grad:
                     continue
-                if getattr(gp, "shape", None) != parent.shape or gp.dtype.kind != "f":
+                if getattr(gp, "shape", None) != parent.shape or not parent.dtype <= gp.dtype:
                     what = f"{gp.dtype} {gp.shape}" if hasattr(gp, "dtype") else gp
                     raise ValueError(f"{gave} a gradient {what} for an argument {parent.shape}")
                 array_module(parent, gp)  # TypeError for what is no plain array

@@ -30,8 +30,8 @@ def T(M):  # Mᵀ of each matrix (..., n, m)
 def skew_scores(Q, K, alpha):
     """S = (α/√d_v)(Q Kᵀ − K Qᵀ) (..., N, N), exactly skew-symmetric; α a number or (..., 1, 1)."""
     alpha = array_module(Q, K, alpha).asarray(alpha, dtype=Q.dtype)
-    if alpha.ndim and alpha.shape[-2:] != (1, 1):
-        raise ValueError(f"alpha must be a number or an array (..., 1, 1), got {alpha.shape}")
+    if Q.dtype.kind != "f" or (alpha.ndim and alpha.shape[-2:] != (1, 1)):
+        raise ValueError(f"Q, K float, alpha a number or (..., 1, 1), got {Q.dtype}, {alpha.shape}")
     sQKt = alpha / math.sqrt(Q.shape[-1]) * Q @ T(K)  # (..., N, d_v) x (..., d_v, N) -> (..., N, N)
     return sQKt - T(sQKt)
 
@@ -70,8 +70,8 @@ def exp_phi1(Z):
     """
     I = array_module(Z).eye(Z.shape[-1], dtype=Z.dtype)
     norm = float(abs(Z).sum(axis=-1).max())  # ‖Z‖_∞, not below any eigenvalue
-    if not norm < math.inf:
-        raise FloatingPointError("the scores S hold NaN or Inf")
+    if not norm * float(np.finfo(Z.dtype).eps) < 1:  # no digit of an angle is left
+        raise FloatingPointError("the scores S hold NaN or Inf, or are beyond 1/eps")
     j = max(0, math.ceil(math.log2(norm)) + 1) if norm else 0
     terms = 9 if Z.dtype == np.float32 else 17  # the next term is below eps
     Y = Z * 0.5**j
@@ -88,7 +88,7 @@ def frechet(Z, D):
     """d/dt exp(Z + tD) at t = 0, linear in D: the corner of exp [[Z, D], [0, Z]]."""
     n = Z.shape[-1]
     size = 1024 * (abs(D).sum(axis=-1).max() + float(np.finfo(D.dtype).tiny))  # ‖Z‖ alone sets j
-    block = array_module(Z).zeros((*Z.shape[:-2], 2 * n, 2 * n), Z.dtype)
+    block = array_module(Z, D).zeros((*Z.shape[:-2], 2 * n, 2 * n), Z.dtype)
     block[..., :n, :n] = block[..., n:, n:] = Z
     block[..., :n, n:] = D / size
     return exp_phi1(block)[0][..., :n, n:] * size
@@ -98,14 +98,14 @@ def frechet(Z, D):
 def orthonormal_basis(M, method="qr"):
     """B with orthonormal columns whose span contains that of M (..., N, 2 d_v), N > 2 d_v.
 
-    "qr": reduced QR.  "newton_schulz": B ← ½ B (3I − BᵀB) from M/‖M‖_F.  A step multiplies a small
-    singular value by 1.5: 50 steps (float64: 100) bring up the smallest that is no rounding error.
+    "qr": reduced QR.  "newton_schulz": B ← ½ B (3I − BᵀB) from M with columns of one norm, to ‖B‖_F
+    = 1.  Small singular values grow by 1.5 a step, in 50 (float64: 100) all but rounding errors.
     """
     if method == "qr":
         return array_module(M).linalg.qr(M)[0]
     if method != "newton_schulz":
         raise ValueError(f'method must be "qr" or "newton_schulz", got {method!r}')
-    B = M / ((M * M).sum(axis=(-2, -1), keepdims=True) ** 0.5 + float(np.finfo(M.dtype).tiny))
+    B = M / ((M.shape[-1] * (M * M).sum(axis=-2, keepdims=True)) ** 0.5 + 1e-30)
     for _ in range(6 + math.ceil(math.log(M.shape[-1] ** 0.5 / float(np.finfo(M.dtype).eps), 1.5))):
         B = 1.5 * B - 0.5 * B @ (T(B) @ B)
     return B
@@ -125,11 +125,11 @@ def osa_forward(Q, K, V, alpha, method="qr"):
         got = ", ".join(f"{M.dtype} {M.shape}" for M in (Q, K, V))
         raise ValueError(f"Q, K (..., N, d_v) and V (..., N, m) must be of one dtype, got {got}")
     xp, (N, d_v) = array_module(Q, K, V, alpha), Q.shape[-2:]
-    s = xp.asarray(alpha, dtype=Q.dtype) / math.sqrt(d_v)
     P = xp.concatenate([Q, K], axis=-1)
     B = orthonormal_basis(P, method) if N > 2 * d_v else xp.eye(N, dtype=Q.dtype)
     BtQ, BtK, BtV = T(B) @ Q, T(B) @ K, T(B) @ V  # (..., r, N) x (..., N, d_v) -> (..., r, d_v)
     S_B = skew_scores(BtQ, BtK, alpha)  # (..., r, r)
+    s = xp.asarray(alpha, dtype=S_B.dtype) / math.sqrt(d_v)
     E, F = exp_phi1(S_B)
     O = V + B @ (E @ BtV - BtV)
     return O, (V, s, B, BtQ, BtK, BtV, S_B, E, F)
@@ -202,12 +202,12 @@ def rotation_angles(Q, K, alpha):
 
 def calibrate_alpha(Q, K, target):
     """α (h, 1, 1): the largest ‖S‖₂ of Q, K (batch, h, N, d_v) is `target`, or α is if S = 0."""
-    eps, tiny = float(np.finfo(Q.dtype).eps), float(np.finfo(Q.dtype).tiny)
-    q, k = (abs(M).max(axis=(0, 2, 3), keepdims=True) + tiny for M in (Q, K))
-    norm = rotation_angles(Q / q, K / k, 1.0)[..., :1, None].max(axis=0)  # (h, 1, 1), no overflow
-    some, where = norm > 8 * Q.shape[-2] * eps, array_module(Q).where  # not rounding alone
-    norm, q, k = (where(some, a, 1) for a in (norm, q[0], k[0]))  # ‖S‖₂ = norm q k at α = 1
-    return (float(target) / norm / q / k).astype(Q.dtype)
+    q, k = (abs(M).max(axis=(2, 3), keepdims=True) + 1e-30 for M in (Q, K))
+    norm = rotation_angles(Q / q, K / k, 1.0)[..., :1, None]  # ‖S‖₂ = norm q k at α = 1
+    some, xp = norm > 8 * Q.shape[-2] * float(np.finfo(Q.dtype).eps), array_module(Q)  # no rounding
+    norm, q, k = (xp.where(some, a, 1) for a in (norm, q, k))
+    alpha = xp.where(some, float(target) / norm / q / k, math.inf).min(axis=0)
+    return xp.where(alpha < math.inf, alpha, float(target)).astype(Q.dtype)
 
 
 def jacobian_bound(X, W_QK, W_V, alpha):

@@ -28,13 +28,15 @@ def quota(root=Path("/")):
     with contextlib.suppress(OSError):  # not Linux
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
-            group = root / "sys/fs/cgroup" / kinds / path[1:]
-            for folder in (group, *group.parents) if "cpu" in (kinds or "cpu").split(",") else ():
+            if "cpu" not in (kinds or "cpu").split(","):
+                continue
+            groups = [root / "sys/fs/cgroup" / name / path[1:] for name in (kinds, kinds and "cpu")]
+            for folder in (folder for group in groups for folder in (group, *group.parents)):
                 for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
                     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                         text = " ".join((folder / name).read_text() for name in names)
                         time, period = map(int, text.split())
-                        least = min(least, math.ceil(time / period) if time > 0 else math.inf)
+                        least = min(least, math.ceil(time / max(1, period)) if time > 0 else least)
     return least
 
 

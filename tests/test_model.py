@@ -131,6 +131,14 @@ def test_calibration_is_its_closed_form_at_any_size(size, xp):
     np.testing.assert_allclose(float(ag.to_cpu(alpha).item()), 0.1 / (4 * size**2), rtol=1e-5)
 
 
+def test_calibration_sees_images_of_opposite_scales(rng):
+    Q, K = rng.standard_normal((2, 4, 2, 9, 3)).astype(np.float32)
+    scale = np.array([1e3, 1e-3, 1e-3, 1e-3], np.float32)[:, None, None, None]
+    alpha = osa.calibrate_alpha(Q * scale, K / scale, 0.1)
+    largest = osa.rotation_angles(Q, K, alpha)[..., 0].max(axis=0)
+    np.testing.assert_allclose(largest, 0.1, rtol=1e-5)
+
+
 @each_dtype
 def test_calibration_without_scores_is_the_target_and_not_that_of_rounding(dtype, rng, xp):
     Q = rng.standard_normal((2, 3, 9, 4)).astype(dtype)

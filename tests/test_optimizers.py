@@ -187,8 +187,16 @@ def test_flattened_parameters_are_views_in_order(xp, rng):
     assert ag.to_cpu(grads).tolist() == 6 * [1] + [2] + 4 * [3]
 
 
+def test_muon_refuses_what_does_not_begin_orthogonal():
+    W = np.random.default_rng(0).standard_normal((8, 8))
+    with pytest.raises(ValueError, match="and W does not begin so"):
+        optimizers.Muon(tensors(np, {"W": W}))
+
+
 def test_parameters_of_two_dtypes_are_refused():
-    with pytest.raises(TypeError, match="float64.*float32"):
+    with pytest.raises(ValueError, match="got none"):
+        optimizers.AdamW({})
+    with pytest.raises(ValueError, match="float32.*float64"):
         optimizers.flatten(tensors(np, {"a": np.ones(2, np.float32), "b": np.ones(2)}))
 
 

@@ -115,6 +115,31 @@ def test_a_small_matrix_keeps_its_digits_beside_a_large_one(dtype):
     close(F[0], cases.phi1(1e-3 * J), 4 * np.finfo(dtype).eps)
 
 
+def test_angles_without_a_digit_are_refused(dtype):
+    J = np.array([[0, 1], [-1, 0]], dtype)
+    with pytest.raises(FloatingPointError, match="beyond 1/eps"):
+        osa.exp_phi1(2 / np.finfo(dtype).eps * J)
+
+
+@pytest.mark.parametrize("N", [3, 9])
+def test_whole_numbers_are_refused_or_taken_as_numbers(N):
+    Q, K, V = np.random.default_rng(0).integers(-3, 4, (3, N, 2))
+    if N <= 2 * 2:
+        with pytest.raises(ValueError, match="Q, K float"):
+            osa.osa_forward(Q, K, V, 0.5)
+    else:
+        close(osa.osa_forward(Q, K, V, 0.5)[0], osa.osa_dense(1.0 * Q, 1.0 * K, V, 0.5), 1e-13)
+    with pytest.raises(ValueError, match="Q, K float"):
+        osa.osa_dense(Q, K, V, 0.5)
+
+
+def test_newton_schulz_does_not_lose_a_small_K_beside_a_large_Q(dtype):
+    Q, K, V, alpha = cast(dtype, *make("generic"))
+    scale = np.finfo(dtype).eps ** -0.5  # S stays as it is
+    O = osa.osa_forward(scale * Q, K / scale, V, alpha, "newton_schulz")[0]
+    close(O, osa.osa_dense(*cast(np.float64, Q, K, V, alpha)), 4 * tolerance(Q, K, alpha))
+
+
 @pytest.mark.parametrize("theta", [1e-30, 0.25, 0.5])
 def test_exp_phi1_in_one_plane_is_cosine_and_sine_to_the_last_digits(theta, dtype):
     """Up to ‖Z‖ = ½ nothing is doubled, and the series alone must be right."""

@@ -225,8 +225,8 @@ def test_the_exponential_is_orthogonal_and_its_spectrum_exact(case):
     assert E.dtype == S.dtype and abs(E.mT @ E - np.eye(n)).max() <= 8 * n * eps
     back = osa.exp_skew(np.ascontiguousarray(S.mT))
     assert abs(E @ back - np.eye(n)).max() <= 8 * n * eps * max(1, norm)
-    by_products = unchanged(osa.exp_phi1, S)[0]
-    assert abs(by_products - E).max() <= 16 * n * eps * max(1, norm)
+    if n * eps * norm < 1:  # beyond that the paper's way refuses, as no digit of an angle is left
+        assert abs(unchanged(osa.exp_phi1, S)[0] - E).max() <= 16 * n * eps * max(1, norm)
     lam, U = unchanged(osa.skew_eigh, S)
     assert (lam == -lam[..., ::-1]).all() and (np.diff(lam, axis=-1) >= 0).all()
     assert abs((U * lam[..., None, :]) @ U.conj().mT - 1j * S).max() <= 8 * n * eps * norm

@@ -62,7 +62,7 @@ def load(path=None, parts=("train", "test")):
             inside = os.listdir(path)
             if "data_batch_1" in inside:
                 raise ValueError(PICKLES)
-            read = _read_cifar if CIFAR[1][0] in inside else _read_idx
+            read = _read_cifar if {*CIFAR[0], *CIFAR[1]} & {*inside} else _read_idx
             arrays = {key: read(path, key) for key in names}
         elif os.path.isfile(path) and str(path).lower().endswith(".npz"):
             arrays = _read_npz(path, names)
@@ -212,6 +212,8 @@ def _check_header(name, shape, dtype):
         raise ValueError(f"holds an array {name!r}")
     if dtype != np.uint8 if name[0] == "x" else dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {dtype}")
+    if len(shape) == 4 and shape[1] < 5 < shape[3]:
+        raise ValueError(f"{name} has shape {shape}; channels stand last, (n, H, W, C)")
     fits = len(shape) in (3, 4) if name[0] == "x" else shape[1:] in ((), (1,))
     if not fits or 0 in shape or math.prod(shape) * dtype.itemsize > LIMIT:
         raise ValueError(f"{name} has shape {shape}")

@@ -26,7 +26,8 @@ def prepare(args, preset):
 
 def check_export(path):
     """Refuses a file that could not be written later, or that could be a run's."""
-    folder, name = os.path.split(os.path.abspath(path))
+    folder, name = os.path.split(path)
+    folder = folder or "."
     if not name.endswith(".safetensors") or name in FILES:
         raise UserError(f"--export {path}: give it a name.safetensors, not {FILES[3]}")
     if os.path.isdir(path) or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):

@@ -26,7 +26,9 @@ def flatten(parameters, weights=None):
 def joined(parameters):
     """A copy of all weights, one after the other (n,), in their one dtype."""
     parts = [p.data.reshape(-1) for p in parameters.values()]
-    return array_module(*parts).concatenate(parts, dtype=parts[0].dtype, casting="no")
+    if len(dtypes := {str(p.dtype) for p in parts}) != 1:
+        raise ValueError(f"parameters must be of one dtype, got {sorted(dtypes) or 'none'}")
+    return array_module(*parts).concatenate(parts)
 
 
 def views(a, parameters):
@@ -152,6 +154,9 @@ class Muon:
 
     def __init__(self, parameters, momentum=0.95):
         self.momentum, self.parameters, self.state, self.buffers = momentum, {}, {}, []
+        for name, p in parameters.items():
+            if p.ndim < 2 or not orthogonal(p.data):
+                raise ValueError(f"Muon keeps matrices orthogonal, and {name} does not begin so")
         for shape in dict.fromkeys(p.shape[-2:] for p in parameters.values()):
             group = {k: p for k, p in parameters.items() if p.shape[-2:] == shape}
             self.buffers.append(0 * joined(group).reshape(-1, *shape))
@@ -159,7 +164,7 @@ class Muon:
             self.parameters |= group
 
     def step(self, w, g, lr, count):
-        """Update of the weights w (n,) by their gradients g, as `self.parameters` lie; no t."""
+        """Update of the weights w (n,) by their gradients g, as `self.parameters` lie."""
         start = 0
         for buffer in self.buffers:
             part = slice(start, start + buffer.size)

@@ -26,7 +26,7 @@ class Ranks:
     def __init__(self):
         self.comm, self.rank, self.size, self.neighbour, self.neighbours = None, 0, 1, 0, 1
         if not any(name in os.environ for name in STARTED):
-            if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
                 raise UserError("srun started several processes without MPI: srun --mpi=pmi2, "
                                 "or mpiexec")  # fmt: skip
             return

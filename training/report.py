@@ -201,8 +201,8 @@ def begin(run, progress, folder, device, args):
         "cupy": run.xp.__version__ if run.xp is not np else None,
         **machine(),
     }
-    if not args.resume:
-        (folder / "config.json").write_text(json.dumps(repeat, indent=2) + "\n")
+    with replacing(folder / "config.json") as file:  # also of a run that is extended
+        file.write((json.dumps(repeat, indent=2) + "\n").encode())
     os.environ.pop("MPLBACKEND", None)  # nothing is shown
     try:
         import matplotlib.figure  # noqa: F401
