@@ -173,7 +173,7 @@ def work(ranks, config, args, given):
         folder.check_export(args.export)
     progress, arrays, statistics = resume.Progress(), None, None
     if args.eval or args.resume:
-        config, progress, arrays = resume.load(args.eval or args.resume, Config, given)
+        config, progress, arrays = resume.load(args.eval or args.resume, Config, given, args.resume)
         statistics = progress.statistics  # of the images that it was trained on, whatever --data is
     if args.eval and ranks.rank:
         return 0
@@ -190,6 +190,8 @@ def work(ranks, config, args, given):
                 report.export(args.export, model, config, progress.statistics)
             return 0
         run = Run(config, dataset, xp, threads if xp is np else 1, ranks, args.graph, statistics)
+        if args.resume and progress.digest != run.digest:
+            raise UserError(f"--resume {args.resume}: these are not the images it was trained on")
         if arrays:
             resume.restore(arrays, run.parameters, run.updates, xp)
     except (ValueError, RuntimeError) as error:
@@ -201,8 +203,6 @@ def work(ranks, config, args, given):
 
 def in_folder(run, progress, args, device):
     """Trains and reports in the folder of a new or a stopped run; returns the exit status."""
-    if args.resume and progress.digest != run.digest:
-        raise UserError(f"--resume {args.resume}: these are not the images it was trained on")
     run.ranks.check_same(run.weights, run.digest)
     last = min(run.steps, args.max_steps or run.steps)
     if run.ranks.rank:  # the first rank alone looks at the results and writes them

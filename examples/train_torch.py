@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     bundled = Path(__file__).resolve().parent.parent / "data" / "mnist.npz"
     parser.add_argument("model", help="a .safetensors file of train.py --export")
     parser.add_argument("--out", help="where the trained weights go, in the same form")
@@ -38,11 +37,9 @@ def arguments():
     parser.add_argument("--shift", type=int, default=1, help="pixels that images move by, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for path in (args.model, args.data):
-        if not os.path.isfile(path):
-            parser.error(f"{path}: no such file")
-    if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
-        parser.error(f"--out {args.out}: no such folder")
+    for path in (args.model, args.data, os.path.dirname(args.out or "") or "."):
+        if not os.path.exists(path):
+            parser.error(f"{path}: no such file or folder")
     return args
 
 
@@ -80,8 +77,7 @@ def main():
         x, y, *test = (torch.from_numpy(a).to(device) for a in arrays)
     width = [0, 0] * (x.ndim - 3) + [args.shift] * 4  # of channels, if any, columns and rows
     padded, batch_size = functional.pad(x, width), min(args.batch_size, len(x))
-    per_epoch = len(x) // batch_size
-    steps = args.epochs * per_epoch
+    per_epoch, steps = len(x) // batch_size, args.epochs * (len(x) // batch_size)
 
     model = SkiplessTransformer(args.model).to(device)
     if rank == 0:
@@ -90,8 +86,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(args.seed)  # every process draws the same batches
-    bar = tqdm(range(min(steps, args.max_steps or steps)), disable=rank > 0, unit="step")
-    for t in bar:
+    for t in tqdm(range(min(steps, args.max_steps or steps)), disable=rank > 0, unit="step"):
         if t % per_epoch == 0:
             order = torch.randperm(len(x), generator=generator).to(device)
             offsets = torch.randint(2 * args.shift + 1, (len(x), 2), generator=generator).to(device)
@@ -106,8 +101,6 @@ def main():
         utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rates.step()
-        if t % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
 
     if rank == 0:
         print_accuracy("after", model, *test)

@@ -124,9 +124,9 @@ def about(config, progress):
     return {"config": dataclasses.asdict(config), "progress": dataclasses.asdict(progress)}
 
 
-def load(path, Config, given):
+def load(path, Config, given, longer=False):
     """(Config, Progress, arrays) of a checkpoint file, or of the folder of a run; what was given on
-    the command line must agree with it."""
+    the command line must agree with it; longer: but for more epochs."""
     path = Path(path) / NAME if os.path.isdir(path) else Path(path)
     arrays, meta = checkpoint.load(path)
     with checkpoint.reading(path, "the configuration and the progress of a run"):
@@ -139,7 +139,7 @@ def load(path, Config, given):
             raise ValueError("a count below 0, or no deviation")
     for name, value in given.items():
         saved = getattr(config, name)
-        if name == "epochs" and value > saved:
+        if longer and name == "epochs" and value > saved:
             print(f"epochs {saved} → {value}: the rates go on as those of {value} epochs")
             config.epochs = value
         elif saved != value:
