@@ -243,19 +243,21 @@ def draw(folder):
     for axis in axes[:2]:
         axis.set(xscale="log", xlabel="attention layers", xticks=DEPTHS, xticklabels=DEPTHS)
     axes[2].set_yticks([-i for i in range(len(ARMS))], list(ARMS))
-    axes[2].set(xscale="log", xlabel="singular values of a layer's Jacobian (≥ 1e-6), median")
+    axes[2].set(xscale="log", xlabel="σ of the first layer: least (cut at 1e-6), median, largest")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(folder / "relatives_start.png", dpi=110)
 
     found = accuracies(folder)
     figure, axes = plt.subplots(1, 4, figsize=(15, 5.2), layout="constrained")
     for axis, task in zip(axes, TASKS):
-        for setting, marker, colour in zip(SETTINGS, "os", ("C0", "C1")):
+        for setting, marker, colour in zip(SETTINGS, "os", ("black", "0.6")):
             for i, arm in enumerate(ARMS):
                 test = found.get((task, setting, arm), ([], ""))[0]
                 label = setting if i == 0 else None
-                y = [-i + (0.15 if setting == "skipless" else -0.15)] * len(test)
-                axis.plot(test, y, marker, color=colour, ms=5, alpha=0.7, label=label)
+                height = -i + (0.15 if setting == "skipless" else -0.15)
+                axis.plot(test, [height] * len(test), marker, color=colour, ms=5, label=label)
+                if test and not any(x == x for x in test):
+                    axis.text(0.02, height - 0.25, "diverges", transform=axis.get_yaxis_transform())
         axis.set_yticks([-i for i in range(len(ARMS))], list(ARMS) if axis is axes[0] else [])
         axis.set(xlabel="test accuracy, %", title=task, ylim=(-len(ARMS) + 0.5, 0.5))
     axes[0].legend()
@@ -263,7 +265,8 @@ def draw(folder):
         rows = [row for row in common.read(folder / "relatives_time.csv") if row["arm"] == arm]
         x, y = ([float(row[name]) for row in rows] for name in ("tokens", "milliseconds"))
         axes[3].loglog(x, y, marker=".", label=arm, **looks[arm])
-    axes[3].set(xlabel="tokens N", title="a layer, there and back, ms")
+    axes[3].set(xlabel="tokens N", ylabel="ms, forward and backward", title="time of a layer")
+    axes[3].set_xticks(LENGTHS, LENGTHS)
     figure.legend(*axes[3].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     for axis in axes:
         axis.grid(alpha=0.3)

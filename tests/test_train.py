@@ -562,7 +562,8 @@ def start(*arguments, cwd, **kw):
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_leaves_a_checkpoint_from_which_resuming_goes_on(name, code, small, tmp_path):
     long, folder = [*small, "--epochs", 10_000], tmp_path / "run"
-    process = start(*long, "--out", "run", cwd=tmp_path)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # also under nohup
+    process = start(*long, "--out", "run", cwd=tmp_path, **heard)
     process.send_signal(getattr(signal, name))
     _, err = process.communicate(timeout=60)
     assert process.returncode == code

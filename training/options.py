@@ -45,7 +45,10 @@ def converter(kind, least=0, most=1e12, choices=None):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message)
+        name = message.removeprefix("unrecognized arguments: ").split()[0]
+        close = difflib.get_close_matches(name, self._option_string_actions, 1)
+        hint = f"; did you mean {close[0]}?" if close and name.startswith("--") else ""
+        raise UserError(message + hint)
 
 
 def parse(Config, presets, arguments, description=None):
@@ -84,7 +87,7 @@ def before_numpy():
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
         sys.stderr.write(f"train.py: error: not installed: {', '.join(missing)}; "
-                         "pip install -r requirements.txt\n")  # fmt: skip
+                         "make setup, then .venv/bin/python train.py\n")  # fmt: skip
         sys.exit(2)
     os.environ.update(dict.fromkeys((*THREADS, "OSA_THREADS"), "1"))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
