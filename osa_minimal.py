@@ -306,7 +306,7 @@ def patchify(images, patch):
     """Images (batch, height, width[, channels]) -> tokens (batch, N, channels patch²), in rows."""
     batch, height, width, *_ = images.shape
     if not images.size or height % patch or width % patch:
-        raise ValueError(f"the patch must divide the images, got {patch} and (n, *size) {images.shape}")
+        raise ValueError(f"the patch must divide the images, got {patch} and sides {images.shape}")
     tiles = images.reshape(batch, height // patch, patch, width // patch, patch, -1)
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * width // patch**2, -1)
 
