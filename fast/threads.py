@@ -86,10 +86,8 @@ def batch_parts(a, target=2**19):
 
 
 def parallel(f, *iterables, threads=None):
-    """[f(*arguments) for arguments in zip(*iterables)], on `threads` threads or `thread_count()`.
-
-    Within one of them it stays on that one: waiting for others of a full pool would never end.
-    """
+    """[f(*arguments) for arguments in zip(*iterables)], on `threads` or `thread_count()` threads;
+    within one of them on that one, as waiting for others of a full pool would never end."""
     threads, jobs = threads or thread_count(), list(zip(*iterables))
     if len(jobs) == 1 or threads == 1 or hasattr(_working, "here"):
         return [f(*arguments) for arguments in jobs]
