@@ -4,6 +4,7 @@ Results are rows of a CSV file; a run whose row is there is not repeated, so a s
 goes on where it was.
 """
 
+import argparse
 import csv
 import functools
 import json
@@ -30,6 +31,21 @@ def dataset(path):
     from training import data
 
     return data.load(path)
+
+
+def arguments(doc, **flags):
+    """What an experiment's command line says: --processes, --quick, --draw and flags of its own;
+    `folder` is where its results lie."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    flags |= {"quick": "a minute, into runs/quick", "draw": "figures from committed results"}
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    args = parser.parse_args()
+    args.folder = ROOT / "runs" / "quick" if args.quick else RESULTS
+    return args
 
 
 def train_once(options):

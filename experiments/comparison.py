@@ -7,7 +7,6 @@ each arm and optimiser is the one of GRID with the best validation accuracy afte
 27,500 images (seed 100); then come SEEDS runs of EPOCHS epochs, and only their test set counts.
 """
 
-import argparse
 import json
 import statistics
 
@@ -98,15 +97,8 @@ def draw(summary, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a minute, into runs/quick")
-    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
-    args = parser.parse_args()
-    folder = common.ROOT / "runs" / "quick" if args.quick else common.RESULTS
-    result = folder / "comparison.json"
+    args = common.arguments(__doc__)
+    folder, result = args.folder, args.folder / "comparison.json"
     if not args.draw:
         from training.report import machine
 

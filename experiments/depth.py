@@ -11,7 +11,6 @@ changed at a time.
 pixels (4 tokens, 6 epochs): depth_long.csv.
 """
 
-import argparse
 import csv
 import json
 import subprocess
@@ -145,18 +144,10 @@ def draw(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--long", action="store_true", help="the network of 128 layers alone")
-    parser.add_argument("--quick", action="store_true", help="half a minute, into runs/quick")
-    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
-    args = parser.parse_args()
-    folder = common.ROOT / "runs" / "quick" if args.quick else common.RESULTS
-    path = folder / "depth.csv"
+    args = common.arguments(__doc__, long="the network of 128 layers alone")
+    path = args.folder / "depth.csv"
     if args.long:
-        long_runs(folder)
+        long_runs(args.folder)
     elif not args.draw:
         experiment(path, args.processes, args.quick)
     if path.exists():

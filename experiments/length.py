@@ -8,8 +8,6 @@ steps (seed 100, length_tuning.csv); then come SEEDS runs, and only their test s
 length.csv.  At N = 784 softmax, quadratic in N, has one seed, at the rate that was best at N = 196.
 """
 
-import argparse
-
 import common
 
 ARMS = {
@@ -55,8 +53,11 @@ def draw(path):
 
     rows = common.read(path)
     images = 32 * (int(rows[0]["steps"]) if rows[0].get("steps") else 55_000 // 32)
-    for row in rows:  # `by_depth` groups by that name
-        row |= {"depth": (28 // int(row["patch"])) ** 2, "ms": 1e3 * float(row["seconds"]) / images}
+    for row in rows:  # `by_depth` groups by that name; seconds are rounded to 0.1
+        row |= {
+            "depth": (28 // int(row["patch"])) ** 2,
+            "ms": 1e3 * max(0.1, float(row["seconds"])) / images,
+        }
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.9), layout="constrained")
     for (arm, marker), colour in zip(zip(ARMS, "os^v"), ("C0", "C2", "C1", "C3")):
         for axis, column, scale in zip(axes, ("test", "ms"), (100, 1)):
@@ -74,14 +75,8 @@ def draw(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="seconds, into runs/quick")
-    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
-    args = parser.parse_args()
-    path = (common.ROOT / "runs" / "quick" if args.quick else common.RESULTS) / "length.csv"
+    args = common.arguments(__doc__)
+    path = args.folder / "length.csv"
     if not args.draw:
         experiment(path, args.processes, args.quick)
     draw(path)

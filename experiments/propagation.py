@@ -14,7 +14,6 @@ the last four at JACOBIANS:
     kappa, sigma_min, sigma_median, sigma_max   singular values of ∂X_depth/∂X_0 of one image
 """
 
-import argparse
 import csv
 import math
 
@@ -177,14 +176,8 @@ def draw(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="half a minute, into runs/quick")
-    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
-    args = parser.parse_args()
-    folder = common.ROOT / "runs" / "quick" if args.quick else common.RESULTS
-    path = folder / "propagation.csv"
+    args = common.arguments(__doc__)
+    path = args.folder / "propagation.csv"
     if not args.draw:
         names = list(arms())[:3:2] if args.quick else list(arms())
         depths, jacobians = (DEPTHS[:4], JACOBIANS[:1]) if args.quick else (DEPTHS, JACOBIANS)

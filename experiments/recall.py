@@ -11,7 +11,6 @@ length 1 or 3, one time in 4.  The rate of each arm and depth is the one of RATE
 validation accuracy (seed 100, recall_tuning.csv); then come SEEDS runs.
 """
 
-import argparse
 import os
 
 import common
@@ -92,14 +91,8 @@ def draw(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="seconds, into runs/quick")
-    parser.add_argument("--draw", action="store_true", help="the figure from committed results")
-    args = parser.parse_args()
-    path = (common.ROOT / "runs" / "quick" if args.quick else common.RESULTS) / "recall.csv"
+    args = common.arguments(__doc__)
+    path = args.folder / "recall.csv"
     if not args.draw:
         experiment(path, args.processes, args.quick)
     draw(path)

@@ -15,7 +15,6 @@ relatives_rrae.csv: autoencoders of MNIST digits whose latent batch is truncated
 squared error of test images as a share of their variance, beside PCA's of the same rank.
 """
 
-import argparse
 import functools
 import itertools
 import os
@@ -274,14 +273,8 @@ def draw(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="half a minute, into runs/quick")
-    parser.add_argument("--draw", action="store_true", help="figures from committed results")
-    args = parser.parse_args()
-    folder = common.ROOT / "runs" / "quick" if args.quick else common.RESULTS
+    args = common.arguments(__doc__)
+    folder = args.folder
     measured = {
         "start": start,
         "time": lambda: times(LENGTHS[:2] if args.quick else LENGTHS),
