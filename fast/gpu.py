@@ -36,7 +36,8 @@ def find_device(name="auto", card=0):
         gpu = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
         return cupy, f"cuda: {gpu} ran a kernel and a matrix product"
     except Exception as error:  # CuPy raises errors of many classes when a driver is missing
-        why = "CuPy is not installed" if isinstance(error, ImportError) else _one_line(error)
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        why = "CuPy is not installed" if isinstance(error, ImportError) else why
     if name == "cuda":
         raise RuntimeError(
             f"--device cuda: no GPU can be used ({why}); look at nvidia-smi for a card and its "
@@ -44,10 +45,6 @@ def find_device(name="auto", card=0):
             "or use --device cpu"
         )
     return np, f"cpu: no GPU can be used ({why})"
-
-
-def _one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------- matrix products

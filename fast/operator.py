@@ -15,15 +15,7 @@ import osa_minimal
 from autograd import array_module
 from fast.basis import cholesky_basis, double_basis, double_is_fast, tall_product, unit_columns
 from fast.gpu import product
-from fast.small import (
-    Chebyshev,
-    ChebyshevMatrix,
-    Products,
-    Spectral,
-    inner,
-    phi1,
-    sharper_bound,
-)
+from fast.small import Chebyshev, ChebyshevMatrix, Products, Spectral, inner, phi1, sharper_bound
 from fast.threads import batch_parts, parallel
 from osa_minimal import T, orthonormal_basis
 
@@ -47,8 +39,9 @@ def osa_forward(Q, K, V, alpha, route="auto"):
            "gram"           no basis: O = V + P Φ (PᵀV), Φ = sJ φ₁(sGJ), G = PᵀP
            "products"       as "qr", B by Cholesky, exp by squaring: the host decides nothing, so it
                             never waits for a GPU; beyond ‖S‖₂ = 1000 right or NaN, never wrong
-           "auto"           "gram" where its rounding error is harmless, else a basis in float64 for
-                            float32, "qr" for float64; B = I for N ≤ 2 d_v; "products" on a GPU
+           "auto"           "gram" where its rounding error is harmless, with G in float64 or else a
+                            basis in float64 if need be, for float64 "qr"; B = I for N ≤ 2 d_v;
+                            "products" on a GPU
     To pad, zero rows of Q and K: those rows of A are the identity's, on every route.
     Returns (O, saved).  Raises ValueError or TypeError naming the argument at fault, ValueError for
     NaN or Inf, FloatingPointError where S overflows; on a GPU "auto" answers these with NaN.
@@ -190,14 +183,22 @@ def _forward(F, s, d_v, route):
 
 
 def _try_gram(F, s, d_v, route):
-    """`_by_gram` if it was asked for or is accurate enough, else None."""
-    xp, P = array_module(F), F[..., : 2 * d_v]
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is given to a basis
-        M = tall_product(P, F)  # (r, N) x (N, r + m) -> [G, PᵀV]
-        error, rho = _gram_norms(P, M[..., : 2 * d_v], s, d_v)
-        safe = (error <= GRAM_LIMIT * xp.maximum(rho, 1)).all() & xp.isfinite(M).all()
-    if route != "gram" and not bool(safe):
-        return None
+    """`_by_gram` if it was asked for or is accurate enough, else None.
+
+    With G in float64 only the products with P round in float32, and (error)^½ is what counts.
+    """
+    xp, r = array_module(F), 2 * d_v
+    for power, dtype in ((1, F.dtype), (2, np.float64)):
+        X = F.astype(dtype, copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is given to a basis
+            M = tall_product(X[..., :r], X)  # (r, N) x (N, r + m) -> [G, PᵀV]
+            error, rho = _gram_norms(F[..., :r], M[..., :r], s, d_v)
+            limit = (GRAM_LIMIT * xp.maximum(rho, 1)) ** power
+            safe = (error <= limit).all() & xp.isfinite(M).all()
+        if route == "gram" or safe:
+            break
+        if M.dtype == np.float64:
+            return None
     rho = float(rho.max())
     if route == "gram" and not rho <= 2e3:
         raise ValueError(f"route 'gram' needs ‖S‖ ≤ 2e3, got {rho:.1e}; 'auto' has no limit")
@@ -225,10 +226,12 @@ def _gram_norms(P, G, s, d_v):
     s = abs(s[..., 0, 0])
 
     def size(M, MtM):
+        row_sums = abs(MtM).sum(axis=-1).max(axis=-1)
+        row_sums += M.shape[-2] * float(np.finfo(MtM.dtype).tiny)  # what may have underflowed
+        if M.dtype != MtM.dtype:
+            return s * row_sums
         rows = xp.einsum("...ij,...ij->...i", M, M)  # ‖q_i‖² (..., N)
         mean = xp.maximum(rows.mean(axis=-1), float(np.finfo(M.dtype).tiny))
-        row_sums = abs(MtM).sum(axis=-1).max(axis=-1)
-        row_sums += M.shape[-2] * float(np.finfo(M.dtype).tiny)  # what may have underflowed
         return s * row_sums * xp.maximum(rows.max(axis=-1) / (4 * mean), 1)
 
     rho2 = s * s * (inner(QQ, KK) - inner(QK, T(QK)))[..., 0, 0]
@@ -249,16 +252,16 @@ def _by_gram(F, M, s, d_v, rho):
         small = Chebyshev(Z, W, sharper_bound(Z, rho), phi1)
         Jy = _J_times(small.value)
         sJy = s * Jy
-    _refuse_overflow("Q, K and V", Jy, sJy)
     # One product, [P, V] [sJy; I]: adding V is a pass over memory otherwise.
     X = xp.empty((*F.shape[:-2], width, m), F.dtype)
-    X[..., :r, :] = sJy
-    X[..., r:, :] = xp.eye(m, dtype=F.dtype)
+    with np.errstate(over="ignore"):
+        X[..., :r, :], X[..., r:, :] = sJy, xp.eye(m, dtype=F.dtype)
+    _refuse_overflow("Q, K and V", Jy, X)
 
     def backward(dO, dF, ds):
         X = xp.zeros((*F.shape[:-2], width + m, width), F.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            g = tall_product(F[..., :r], dO)  # (r, N) x (N, m)
+            g = tall_product(F[..., :r], dO).astype(M.dtype, copy=False)  # (r, N) x (N, m)
             Wbar, Zbar = small.adjoint(-s * _J_times(g))
             E = -_times_J(Zbar)  # Ḡ/s
             ds[...] = inner(g, Jy) + inner(E, G)

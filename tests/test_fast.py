@@ -135,6 +135,22 @@ def test_the_gram_route_is_not_taken_where_its_products_leave_the_dtype(rng):
     close(O / 1e36, exact / 1e36, tolerance(Q, K, 1e19))
 
 
+def test_a_common_component_needs_no_basis_but_a_gram_matrix_in_float64(rng, monkeypatch):
+    monkeypatch.setattr(fast.operator, "double_basis", None)
+    Q, K = (1.5 + rng.standard_normal((2, 49, 16))).astype(np.float32)
+    V, dO = rng.standard_normal((2, 49, 16)).astype(np.float32)
+    alpha = np.float32(3 / norm_S(Q, K, 1.0))
+    exact = OPERATORS["dense"].gradients(*cast(np.float64, Q, K, V, alpha, dO))
+    errors = {}
+    for route in ("auto", "gram"):
+        gradients = fast.osa_backward(dO, fast.osa_forward(Q, K, V, alpha, route)[1])
+        errors[route] = [
+            np.linalg.norm(g - e) / np.linalg.norm(e) for g, e in zip(gradients, exact)
+        ]
+    assert max(errors["auto"]) < 8 * np.finfo(np.float32).eps * 3  # ‖S‖₂ = 3
+    assert min(np.divide(errors["gram"], errors["auto"])[:2]) > 2, errors  # dQ, dK
+
+
 @pytest.mark.parametrize("N, alpha", [(50, 5.0), (200, 1.0), (1000, 3.0)])
 def test_auto_stays_orthogonal_where_one_token_outweighs_all_others(N, alpha):
     # Sums over N in float32 lose the small tokens behind the large one: G is wrong by N eps.
