@@ -228,7 +228,7 @@ def _gram_norms(P, G, s, d_v):
     def size(M, MtM):
         row_sums = abs(MtM).sum(axis=-1).max(axis=-1)
         row_sums += M.shape[-2] * float(np.finfo(MtM.dtype).tiny)  # what may have underflowed
-        if M.dtype != MtM.dtype:
+        if M.dtype != MtM.dtype:  # G in float64: nothing is lost
             return s * row_sums
         rows = xp.einsum("...ij,...ij->...i", M, M)  # ‖q_i‖² (..., N)
         mean = xp.maximum(rows.mean(axis=-1), float(np.finfo(M.dtype).tiny))
