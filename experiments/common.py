@@ -99,7 +99,7 @@ def train_once(options):
     return dict(zip(OUTCOME, values))
 
 
-def run_all(path, jobs, processes):
+def run_all(path, jobs, processes, train=train_once):
     """Rows {**job, **outcome} of every job (a dict of options), in order; `path` keeps them, and
     about.json beside it where and when the last of them ran."""
     names = list(dict.fromkeys(name for job in jobs for name in job))
@@ -108,7 +108,7 @@ def run_all(path, jobs, processes):
         done = {key(row, names): row for row in read(path)}
     todo = [job for job in jobs if key(job, names) not in done]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(train_once, {k: v for k, v in job.items() if v != ""}): job
+        futures = {pool.submit(train, {k: v for k, v in job.items() if v != ""}): job
                    for job in todo}  # fmt: skip
         for i, future in enumerate(as_completed(futures), 1):
             job = futures[future]

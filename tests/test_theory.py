@@ -64,6 +64,19 @@ def test_singular_values_of_the_jacobian_are_within_the_bound_and_the_bound_is_s
     assert epsilon <= 5 * deviation
 
 
+@pytest.mark.parametrize("patch", [14, 7, 4, 2, 1])
+def test_epsilon_at_the_start_is_below_15_times_the_norm_of_S_for_4_to_784_tokens(patch):
+    images = data.load().x_train[:8].astype(np.float64)
+    model = osa.SkiplessTransformer(
+        d=64, heads=2, depth=1, patch=patch, image=(28, 28), classes=10, mlp_ratio=1, eta=0.3,
+        rng=np.random.default_rng(0), dtype=np.float64,
+    )  # fmt: skip
+    images = (images - images.mean()) / images.std()
+    osa.calibrate(model, images, 0.1)
+    attention, _ = model.layers[0]
+    assert max(bound(attention, X) for X in model.embed(images).data) < 15 * 0.1
+
+
 def test_the_bound_holds_for_few_tokens_which_need_both_of_its_first_terms():
     """Among these layers some deviate by 1.3 times what either term and the third would allow."""
     for seed in range(60):
