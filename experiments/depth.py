@@ -7,8 +7,7 @@ ratio 1, Muon, STEPS steps of 64 images.  The rate of each depth and arm, AdamW'
 one of RATES with the best validation accuracy (seed 0, depth_tuning.csv); then come the SEEDS, and
 only their test set counts.  depth_factors.csv: 128 layers of OSA on 4 tokens, with one setting
 changed at a time.
---long trains 128 layers on all images, in patches of 7 x 7 (16 tokens, 3 epochs) and of 14 x 14
-pixels (4 tokens, 6 epochs): depth_long.csv.
+--long trains the networks of LONG, of 128 and of 1,000 layers, on all images: depth_long.csv.
 """
 
 import csv
@@ -24,13 +23,13 @@ RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 SEEDS = (1, 2, 3)
 COMMON = {
     "optimizer": "muon", "mlp_ratio": 1, "eta": 0.4, "batch_size": 64, "warmup": 20, "shift": 0,
-    "alpha_lr": 0.0001, "s_norm": 0.05,
+    "s_norm": 0.05,
 }  # fmt: skip
 # Enough to train 128 layers; FACTORS takes each away.
 FACTOR_BASE = {
     "optimizer": "muon", "depth": 128, "patch": 14, "mlp_ratio": 1, "eta": 0.5, "batch_size": 64,
-    "warmup": 20, "shift": 0, "lr": 0.001, "adam_lr": 0.003, "alpha_lr": 0.0001, "s_norm": 0.05,
-    "clip": 1.0, "attention": "osa", "steps": 200,
+    "warmup": 20, "shift": 0, "lr": 0.001, "adam_lr": 0.003, "s_norm": 0.05, "clip": 1.0,
+    "attention": "osa", "steps": 200,
 }  # fmt: skip
 FACTORS = {
     "none": {},
@@ -39,7 +38,7 @@ FACTORS = {
     "Muon 0.003": {"lr": 0.003},
     "AdamW 0.0003, no Muon": {"optimizer": "adamw", "lr": 0.0003},
     "AdamW 0.003 beside Muon → 0.03": {"adam_lr": 0.03},
-    "rate of α 0.0001 → 0.003": {"alpha_lr": 0.003},
+    "rate of α 0.01 → 0.3": {"alpha_lr": 0.3},
     "‖S‖₂ = 0.05 at the start → 1": {"s_norm": 1.0},
     "no warm-up": {"warmup": 0},
     "no clipping": {"clip": 1e9},
@@ -54,13 +53,14 @@ ARMS = {
     "ViT: softmax, skips, LayerNorm": {"attention": "softmax", "skip": True, "norm": True},
 }
 LONG = {
-    "7 x 7": "--epochs 3 --eta 0.5 --lr 0.0008 --log-every 25",
-    "14 x 14": "--patch 14 --epochs 6 --eta 0.6 --lr 0.001 --log-every 50",
+    "128 layers, 16 tokens": "--depth 128 --epochs 3 --eta 0.5 --lr 0.0008 --batch-size 128 "
+    "--adam-lr 0.003 --s-norm 0.05 --warmup 50",
+    "128 layers, 4 tokens": "--depth 128 --patch 14 --epochs 6 --eta 0.6 --lr 0.001 --batch-size "
+    "128 --adam-lr 0.003 --s-norm 0.05 --warmup 50",
+    "1,000 layers, 4 tokens": "--depth 1000 --patch 14 --epochs 1 --eta 0.6 --lr 0.0002 "
+    "--batch-size 64 --adam-lr 0.0005 --s-norm 0.01 --warmup 20",
 }
-ALL_LONG = (
-    "--depth 128 --mlp-ratio 1 --batch-size 128 --adam-lr 0.003 --alpha-lr 0.0001 --s-norm 0.05 "
-    "--shift 0 --warmup 50 --threads 1"
-)
+ALL_LONG = "--mlp-ratio 1 --shift 0 --log-every 25 --threads 1"
 
 
 def experiment(path, processes, quick=False):
@@ -86,16 +86,16 @@ def long_runs(folder):
     """Trains the networks of LONG, unless that was done: depth_long.csv and depth_long.json."""
     rows, summaries = [], {}
     for name, options in LONG.items():
-        out = common.ROOT / "runs" / ("depth-128-patch-" + name.partition(" ")[0])
+        out = common.ROOT / "runs" / name.replace(",", "").replace(" ", "-")
         if not (out / "summary.json").exists():
             command = [sys.executable, "train.py", *ALL_LONG.split(), *options.split()]
             subprocess.run([*command, "--out", str(out)], cwd=common.ROOT, check=True)
         with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows += [{"patch": name} | row for row in csv.DictReader(file)]
+            rows += [{"network": name} | row for row in csv.DictReader(file)]
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         options = f"python train.py {ALL_LONG} {options}"
         summaries[name] = {"options": options} | {key: summary[key] for key in SUMMARY}
-    common.write(folder / "depth_long.csv", rows, ["patch", *COLUMNS])
+    common.write(folder / "depth_long.csv", rows, ["network", *COLUMNS])
     text = json.dumps(summaries, indent=1, ensure_ascii=False)
     (folder / "depth_long.json").write_text(text + "\n", encoding="utf-8")
 
@@ -133,18 +133,18 @@ def draw(path):
         axis.grid(alpha=0.3)
     left.legend(fontsize=8)
     right.legend(fontsize=8)
-    for patch in LONG:
-        some = [row for row in long if row["patch"] == patch]
+    for name in dict.fromkeys(row["network"] for row in long):
+        some = [row for row in long if row["network"] == name]
         y = [100 * float(row["validation_accuracy"]) for row in some]
-        last.plot([int(row["step"]) for row in some], y, label=f"patches of {patch}")
-    last.set(xlabel="step", ylabel="validation accuracy of 128 layers, %", ylim=(80, 100))
+        last.plot([int(row["step"]) for row in some], y, label=name)
+    last.set(xlabel="step", ylabel="validation accuracy, %", ylim=(80, 100))
     last.grid(alpha=0.3)
     last.legend(fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 def main():
-    args = common.arguments(__doc__, long="the network of 128 layers alone")
+    args = common.arguments(__doc__, long="the networks of 128 and of 1,000 layers alone")
     path = args.folder / "depth.csv"
     if args.long:
         long_runs(args.folder)
