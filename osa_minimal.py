@@ -260,17 +260,17 @@ def tensors(arrays, xp):
 
 
 class MultiHeadOSA:
-    """M-OSA(X) = [O_1, …, O_h] W_O for X (batch, N, d).  Parameters: see `init_mosa`."""
+    """M-OSA(X) = [O_1, …, O_h] W_O for X (..., N, d).  Parameters: see `init_mosa`."""
 
     def __init__(self, d, heads, rng, xp=np, dtype=np.float32):
         self.heads, self.parameters = heads, tensors(init_mosa(d, heads, rng, dtype=dtype), xp)
 
     def project(self, X):
         """QKV = [Q, K, V] (batch, h, N, 3 d_v) of the tokens X, in one matrix product."""
-        (batch, N, d), h, p = X.shape, self.heads, self.parameters
+        p, (h, d, _) = self.parameters, self.parameters["W_QK"].shape
         W_V = p["W_V"].reshape(d, h, d // h).transpose(1, 0, 2)  # (h, d, d_v)
         W = ag.concatenate([p["W_QK"], W_V], axis=-1).transpose(1, 0, 2)  # (d, h, 3 d_v)
-        return (X @ W.reshape(d, 3 * d)).reshape(batch, N, h, 3 * d // h).transpose(0, 2, 1, 3)
+        return (X @ W.reshape(d, -1)).reshape(-1, X.shape[-2], h, 3 * d // h).transpose(0, 2, 1, 3)
 
     def attend(self, QKV):
         """O (batch, h, N, d_v) of [Q, K, V]; fast/ and relatives/ put others in its place."""

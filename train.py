@@ -78,7 +78,9 @@ PRESETS = {
 
 def build(config, image, classes, xp=np):
     """The model of a configuration, drawn from its seed."""
-    if config.attention == "osa" and config.operator == "paper":
+    if config.operator == "paper" and config.attention != "osa":
+        raise UserError(f"--operator paper: only osa has one, not {config.attention}")
+    if config.operator == "paper":
         attention = osa_minimal.MultiHeadOSA
     elif config.attention in relatives.LAYERS:  # some have weights for a number of tokens
         tokens = image[0] * image[1] // config.patch**2
@@ -109,11 +111,11 @@ class Run:
         x, y, x_val, y_val = data.split(dataset, config.limit_data, rng)
         self.x_val, self.y_val = xp.asarray(x_val), xp.asarray(y_val)
         self.digest = zlib.crc32(y, zlib.crc32(x))
-        self.statistics = statistics or data.statistics(x)
+        self.statistics = statistics or data.statistics(x)  # a resumed run's stay, whatever --data
         self.standardise = lambda images: data.standardise(images, *self.statistics)
         self.batches = data.Batches(x, y, config, xp, self.ranks.rank, self.ranks.size)
         self.steps = config.epochs * self.batches.per_epoch
-        self.threads = min(threads, self.batches.size // self.ranks.size)
+        self.threads = min(threads if xp is np else 1, self.batches.size // self.ranks.size)
         # One model a thread, of the same weights.
         models = [build(config, x.shape[1:], dataset.classes, xp) for _ in range(self.threads)]
         self.model, self.has_angles = models[0], config.attention == "osa"
@@ -171,10 +173,9 @@ def work(ranks, config, args, given):
         raise UserError("--graph: the gradients of several ranks are not summed in a CUDA graph")
     if args.export:
         folder.check_export(args.export)
-    progress, arrays, statistics = resume.Progress(), None, None
+    progress, arrays = resume.Progress(), None
     if args.eval or args.resume:
         config, progress, arrays = resume.load(args.eval or args.resume, Config, given, args.resume)
-        statistics = progress.statistics  # of the images that it was trained on, whatever --data is
     if args.eval and ranks.rank:
         return 0
     progress.data = os.path.abspath(args.data) if args.data else progress.data
@@ -189,7 +190,7 @@ def work(ranks, config, args, given):
             if args.export:
                 report.export(args.export, model, config, progress.statistics)
             return 0
-        run = Run(config, dataset, xp, threads if xp is np else 1, ranks, args.graph, statistics)
+        run = Run(config, dataset, xp, threads, ranks, args.graph, arrays and progress.statistics)
         if args.resume and progress.digest != run.digest:
             raise UserError(f"--resume {args.resume}: these are not the images it was trained on")
         if arrays:

@@ -92,8 +92,9 @@ class MultiHeadOSA(osa_minimal.MultiHeadOSA):
 
 
 def _osa_packed(F, alpha):
-    if F.shape[-1] % 3 or not F.size:
-        raise ValueError(f"F = [Q, K, V] must be (..., N, 3 d_v), not empty, got {F.shape}")
+    if F.ndim < 2 or F.shape[-1] % 3 or not F.size or alpha.shape[-2:] not in ((), (1, 1)):
+        wanted = "F = [Q, K, V] must be (..., N, 3 d_v), not empty, and alpha (..., 1, 1)"
+        raise ValueError(f"{wanted}, got {F.shape} and {alpha.shape}")
     d_v = F.shape[-1] // 3
     s = (alpha if alpha.ndim else alpha.reshape(1, 1)) / math.sqrt(d_v)
     O, saved = forward_packed(F, s, d_v)

@@ -20,7 +20,7 @@ class Identity(Softmax):
 
     def project(self, X):
         """V (B, h, N, d_v) alone."""
-        return split_heads(X @ self.parameters["W_V"], self.heads)
+        return split_heads((X @ self.parameters["W_V"]).reshape(-1, *X.shape[-2:]), self.heads)
 
     def attend(self, V):
         return V

@@ -15,9 +15,12 @@ from relatives.ops import shaped
 @shaped(X="... d", gain="d", bias="d")
 def layer_norm(X, gain, bias, eps=1e-5):
     """gain ∘ X̂ + bias, X̂ = (X − mean)/√(variance + eps) over the last axis."""
+    X = X - X.data[..., :1]  # leaves exactly 0 of equal entries, whatever their size
     centred = X - X.mean(axis=-1, keepdims=True)
+    size = ag.array_module(X).maximum(abs(centred.data).max(axis=-1, keepdims=True), 1)
+    centred = centred / size  # by a constant, as X̂ does not depend on it: no square overflows
     variance = (centred * centred).mean(axis=-1, keepdims=True)
-    return centred / ag.sqrt(variance + eps) * gain + bias
+    return centred / ag.sqrt(variance + eps / size / size) * gain + bias
 
 
 class LayerNorm:

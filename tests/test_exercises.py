@@ -130,16 +130,31 @@ SOLUTION = re.compile(
 )
 
 
+RETURNED = "", "return '0.5'", "return [None]", "return {}", "return [[1], [1, 2]]"
+
+
+@pytest.mark.parametrize("returned", RETURNED)
 @pytest.mark.parametrize("path, answer", ANSWERS, ids=lambda x: x if isinstance(x, str) else "")
-def test_a_forgotten_return_is_named(path, answer, monkeypatch):
+def test_what_is_no_result_gets_a_hint_and_a_forgotten_return_is_named(
+    path, answer, returned, monkeypatch
+):
     notebook = read(path)
     cell = next(source(c) for c in code_cells(notebook) if grade_id(c) == answer)
     found = list(SOLUTION.finditer(cell))
     assert len(found) == cell.count(make_exercises.BEGIN)
     for match in found:
-        forgotten = cell[: match.start(2)] + match[2] + "pass" + cell[match.end() :]
-        with pytest.raises(AssertionError, match=f"{match[1]} gives back nothing: .*return"):
-            run_cells(notebook, monkeypatch, answer.replace("answer", "check"), {answer: forgotten})
+        wrong = cell[: match.start(2)] + match[2] + (returned or "pass") + cell[match.end() :]
+        hint = r"\w" if returned else f"{match[1]} gives back nothing: .*return"
+        with pytest.raises(AssertionError, match=hint):
+            run_cells(notebook, monkeypatch, answer.replace("answer", "check"), {answer: wrong})
+
+
+def test_lists_are_taken_for_the_arrays_that_they_are(monkeypatch):
+    for answer, name in (("02-1", "second_order"), ("04-1", "dalpha_from_output")):
+        (path,) = (p for p in SOLUTIONS if p.name[:2] == answer[:2])
+        cell = next(source(c) for c in code_cells(read(path)) if grade_id(c) == f"answer-{answer}")
+        cell += f"\n\ndef {name}(*args, f={name}):\n    return f(*args).tolist()"
+        run_cells(read(path), monkeypatch, f"check-{answer}", {f"answer-{answer}": cell})
 
 
 # grade_id of an answer: (a plausible wrong answer, what the check says).  Functions that are not

@@ -294,13 +294,14 @@ def test_Q_and_K_of_different_width_are_refused_by_name():
 
 
 @pytest.mark.parametrize("N", [5, 40])
-def test_a_packed_layer_takes_numbers_and_names_nan_and_odd_widths(N, rng):
+def test_a_packed_layer_takes_numbers_and_names_nan_and_wrong_shapes(N, rng):
     F = rng.standard_normal((2, 3, N, 12)) / 4
     Q, K, V = np.split(F, 3, axis=-1)
     O = fast.osa_forward(Q, K, V, np.int64(1))[0]
     close(fast.operator.osa_packed(F, 1).data, O, 100 * np.finfo(float).eps)
-    with pytest.raises(ValueError, match=r"must be \(..., N, 3 d_v\), not empty, got .* 11\)"):
-        fast.operator.osa_packed(F[..., 1:], 1)
+    for bad, alpha in ((F[..., 1:], 1), (F[0, 0, 0], 1), (F, np.ones(3))):
+        with pytest.raises(ValueError, match=r"be \(..., N, 3 d_v\), .* \(..., 1, 1\), got \("):
+            fast.operator.osa_packed(bad, alpha)
     F[0, 0, 0, 0] = np.nan
     with pytest.raises(FloatingPointError, match="holds NaN or Inf"):
         fast.operator.osa_packed(F, 1)

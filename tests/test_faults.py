@@ -157,9 +157,10 @@ def test_the_program_is_found_whatever_python_leaves_out_of_its_path(tmp_path):
     assert result.code == 2 and result.err.count("\n") == 1 and "not installed: " in result.err
 
 
-def test_a_matplotlib_that_is_broken_ends_nothing(tmp_path):
+def test_a_broken_matplotlib_and_what_others_are_told_ends_nothing(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise AttributeError('of another NumPy')")
     environ = os.environ | {"PYTHONPATH": str(tmp_path), "MPLBACKEND": "unknown"}
+    environ |= {"TQDM_NCOLS": "wide"}
     result = shell(*SMALL, "--max-steps", 1, "--out", tmp_path / "run", env=environ)
     assert result.code == 0 and "curves.png will not be drawn: of another NumPy" in result.err
     assert json_of(tmp_path / "run" / "summary.json")["steps"] == 1

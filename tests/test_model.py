@@ -107,7 +107,11 @@ def test_the_layer_is_heads_of_the_definition_side_by_side(attention, rng):
             heads.append(osa.osa_dense(Q, K, V, p["alpha"][i]))
         slow[b] = np.concatenate(heads, axis=-1) @ p["W_O"]
     atol = 8 * d * EPS[np.float64] * 10  # ‖S‖ is below 10 here
-    np.testing.assert_allclose(layer(Tensor(X)).data, slow, rtol=0, atol=atol)
+    for index in ((), 0, None):  # any batch dimensions, or none
+        np.testing.assert_allclose(layer(Tensor(X[index])).data, slow[index], rtol=0, atol=atol)
+    for bad in (X[0, 0], X[..., 1:]):
+        with pytest.raises(ValueError, match=r"needs .*, got \(.*\) and \(12, 36\)"):
+            layer(Tensor(bad))
 
 
 @pytest.mark.parametrize("size", [1e-8, 1, 1e8])

@@ -24,7 +24,7 @@ from relatives.reduced import reduced
 from relatives.rrae import truncate
 from relatives.softmax import Softmax, softmax
 from relatives.tost import tssa
-from relatives.transformer import Transformer
+from relatives.transformer import Transformer, layer_norm
 from relatives.xsa import xsa
 
 FOLDER = Path(__file__).parent / "relatives"
@@ -455,6 +455,27 @@ def test_erf_is_that_of_the_standard_library(xp):
     got = ag.to_cpu(prism.erf(xp.asarray(x)))
     right = np.array([math.erf(v) for v in x])
     assert abs(got - right).max() < 4 * EPS  # 24 terms, of which the first four matter
+
+
+@pytest.mark.parametrize("d", [3, 64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_layer_norm_and_its_gradient_hold_at_any_size_and_offset(dtype, d, xp, rng):
+    rows = rng.standard_normal((4, 2, d))
+    rows[0] *= [[1e20], [1e-20]]  # neither square is a float32
+    rows[1] = [[3e37], [1e4 / 3]]  # equal entries: 0, however the mean is rounded
+    rows[2] += 1e4
+    X, dY = rows.reshape(8, d).astype(dtype), rng.standard_normal((8, d)).astype(dtype)
+    leaves = [Tensor(xp.asarray(a), True) for a in (X, np.ones(d, dtype), np.zeros(d, dtype))]
+    Y = layer_norm(*leaves)
+    Y.backward(xp.asarray(dY))
+    x, g = (X - X[:, :1]).astype(np.longdouble), dY.astype(np.longdouble)
+    centred = x - x.mean(axis=1, keepdims=True)
+    std = np.sqrt((centred**2).mean(axis=1, keepdims=True) + np.longdouble(1e-5))
+    hat = centred / std
+    dX = g - g.mean(axis=1, keepdims=True) - hat * (g * hat).mean(axis=1, keepdims=True)
+    tol = 4 * d * np.finfo(dtype).eps  # sums of d entries of size 1, also on a device in float32
+    assert abs(ag.to_cpu(Y.data) - hat).max() < tol * abs(hat).max()
+    assert (abs(ag.to_cpu(leaves[0].grad) - dX / std) < tol * abs(g).max() / std).all()
 
 
 # --------------------------------------------------------------------------- what they are, shown

@@ -229,7 +229,7 @@ def test_eval_prints_the_test_accuracy_of_the_summary(bundled):
     folder, _ = bundled
     accuracy = json_of(folder / "summary.json")["test_accuracy"]
     out = succeed("--eval", folder / NAME, "--threads", 1, "--device", "cpu")
-    assert f"test accuracy {accuracy:.2%}" in out
+    assert f"testing on 10,000 images\ntest accuracy {accuracy:.2%}" in out
     assert sorted(p.name for p in folder.iterdir()) == FILES  # nothing else is written
 
 
@@ -323,12 +323,14 @@ def test_the_operator_of_the_paper_trains_as_the_fast_one_does(small):
     assert (fast.weights != paper.weights).any()  # in rounding
 
 
-def test_an_arm_without_rotations_reports_none_and_still_has_its_curves(small, tmp_path):
-    result = shell(*small, "--attention", "softmax", "--max-steps", 2, "--out", tmp_path)
+@pytest.mark.parametrize("arm, value", [("--attention softmax", None), ("--s-norm 0", 0)])
+def test_an_arm_without_rotations_says_so_and_still_has_its_curves(arm, value, small, tmp_path):
+    options = [*small, *arm.split(), "--max-steps", 2, "--out", tmp_path]
+    result = shell(*options, python=["-W", "error"])
     summary = json_of(tmp_path / "summary.json")
     assert (result.code, result.err) == (0, "")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert summary["orthogonality_error"] is None and summary["max_S_norm"] is None  # 0 is a value
+    assert summary["orthogonality_error"] == summary["max_S_norm"] == value
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)
@@ -484,7 +486,8 @@ def test_rows_after_the_checkpoint_are_written_anew(small, tmp_path):
 @pytest.mark.parametrize("steps", [5, 2])
 def test_a_run_resumed_for_no_further_step_stays_as_it_was(steps, trained, small):
     before = weights(trained)
-    succeed(*small, "--max-steps", steps, "--resume", trained)
+    out = succeed(*small, "--max-steps", steps, "--resume", trained)
+    assert "\n5 steps took " in out and " s in all\n" in out
     assert weights(trained) == before and json_of(trained / "summary.json")["steps"] == 5
     assert [row["step"] for row in rows_of(trained)] == ["1", "2", "3", "4", "5"]
 
@@ -558,8 +561,11 @@ def start(*arguments, cwd, **kw):
     raise AssertionError(f"no step was made: {process.communicate()}")
 
 
+NOTED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR2": 140}
+
+
 @posix
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("name, code", NOTED.items(), ids=NOTED)
 def test_a_signal_leaves_a_checkpoint_from_which_resuming_goes_on(name, code, small, tmp_path):
     long, folder = [*small, "--epochs", 10_000], tmp_path / "run"
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # also under nohup
@@ -642,6 +648,7 @@ REFUSED = {
     "--attention sofmax": "sofmax|did you mean 'softmax'",
     "--optimizer adam": "adam|did you mean 'adamw'",
     "--operator slow": "slow|paper", "--device gpu": "gpu|cuda",
+    "--operator paper --attention xsa": "--operator paper|osa|xsa",
     "--depth four": "--depth|four", "--depth 2.5": "--depth|2.5", "--depth 1e400": "--depth|1e400",
     "--lr 1e400": "--lr|1e400", f"--epochs 1{310 * '0'}": "--epochs|from 1 to",
     "--seed 123456789012345678901234": "--seed|from 0 to",

@@ -51,9 +51,9 @@ class Dataset(NamedTuple):
 def load(path=None, parts=("train", "test")):
     """The Dataset at `path`: None for the bundled MNIST, an .npz file, or a folder.
 
-    An .npz file holds the arrays x_train, y_train, x_test, y_test and no others.  A folder holds
-    the four files of MNIST's own format, plain or .gz, or the six .bin files of CIFAR-10.
-    parts: ("test",) is content without training images, and leaves None in their place.
+    An .npz file holds the arrays x_train, y_train, x_test, y_test.  A folder holds the files of
+    MNIST's own format, plain or .gz, or the six .bin files of CIFAR-10.
+    parts: what is read, and has to be right; ("test",) leaves None for the training images.
     Raises UserError if something is missing, truncated, altered, or not of the right form.
     """
     path, names = path or BUNDLED, [f"{kind}_{part}" for part in parts for kind in "xy"]
@@ -151,20 +151,20 @@ class Batches:
 def _read_npz(path, names):
     with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
         warnings.simplefilter("ignore", UserWarning)  # of headers by Python 2, none the worse
-        for member in archive.infolist():
+        for key in names:
+            if f"{key}.npy" not in archive.namelist():
+                raise ValueError(f"holds no {key}")
+            member = archive.getinfo(f"{key}.npy")
             with archive.open(member) as array:  # np.load takes all memory that is declared
                 if np.lib.format.read_magic(array) != (1, 0):  # of 64 kB at most
-                    raise ValueError(f"{member.filename} is not in version 1.0 of .npy")
+                    raise ValueError(f"{key} is not in version 1.0 of .npy")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(array)
-                _check_header(member.filename.removesuffix(".npy"), shape, dtype)
+                _check_header(key, shape, dtype)
                 size = math.prod(shape) * dtype.itemsize
                 if size != member.file_size - array.tell() or size > 1032 * os.path.getsize(path):
-                    raise ValueError(f"{member.filename} declares {shape}, but is not of that size")
+                    raise ValueError(f"{key} declares {shape}, but is not of that size")
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in names if key not in file.files]
-            if missing:
-                raise ValueError(f"holds no {missing[0]}")
-            return {key: file[key] for key in names}
+            return {key: file[f"{key}.npy"] for key in names}
 
 
 def _bytes(file, count):
@@ -208,13 +208,11 @@ def _read_cifar(folder, key):
 
 
 def _check_header(name, shape, dtype):
-    if name not in IDX:
-        raise ValueError(f"holds an array {name!r}")
     if dtype != np.uint8 if name[0] == "x" else dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {dtype}")
     if len(shape) == 4 and shape[1] < 5 < shape[3]:
         raise ValueError(f"{name} has shape {shape}; channels stand last, (n, H, W, C)")
-    fits = len(shape) in (3, 4) if name[0] == "x" else shape[1:] in ((), (1,))
+    fits = len(shape) in (3, 4) if name[0] == "x" else shape and shape[1:] in ((), (1,))
     if not fits or 0 in shape or math.prod(shape) * dtype.itemsize > LIMIT:
         raise ValueError(f"{name} has shape {shape}")
 

@@ -89,6 +89,8 @@ def before_numpy():
         sys.stderr.write(f"train.py: error: not installed: {', '.join(missing)}; "
                          "make setup, then .venv/bin/python train.py\n")  # fmt: skip
         sys.exit(2)
+    for name in (name for name in [*os.environ] if name.startswith("TQDM_")):
+        del os.environ[name]  # a bad one would end the import of tqdm
     os.environ.update(dict.fromkeys((*THREADS, "OSA_THREADS"), "1"))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

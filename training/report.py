@@ -147,7 +147,8 @@ def draw_curves(rows, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2).flat
+    axes = figure.subplots(2, 2).ravel()
+    axes[3].set_ylim(1e-8, 1e-4)  # from rounding, float32's eps = 1.2e-7, to what one could see
     for axis, label, scale, *names in (
         (axes[0], "cross-entropy", "log", "train_loss"),
         (axes[1], "accuracy", "linear", "train_accuracy", "validation_accuracy"),
@@ -159,7 +160,6 @@ def draw_curves(rows, path):
         for name, style in zip(names, ("-", "--")):
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], style, label=name)
         axis.legend()
-    axes[3].set_ylim(1e-8, 1e-4)  # from rounding, float32's eps = 1.2e-7, to what one could see
     figure.savefig(path, dpi=120)
 
 
@@ -214,6 +214,7 @@ def begin(run, progress, folder, device, args):
 def print_accuracy(model, dataset, statistics, xp):
     """The one look at the test set; returns the accuracy."""
     x, y = xp.asarray(dataset.x_test), xp.asarray(dataset.y_test)
+    print(f"testing on {len(y):,} images", flush=True)  # with a token per pixel it takes a minute
     test, _ = accuracy(model, x, y, lambda images: standardise(images, *statistics))
     print(f"test accuracy {test:.2%}")
     return test
@@ -221,7 +222,7 @@ def print_accuracy(model, dataset, statistics, xp):
 
 def finish(run, progress, folder, repeat):
     """Tests the trained network; writes summary.json and curves.png."""
-    print(f"trained for {progress.seconds:.0f} s; testing on {len(run.dataset.y_test):,} images")
+    print(f"{progress.step:,} steps took {progress.seconds:.0f} s in all")
     validation, _ = accuracy(run.model, run.x_val, run.y_val, run.standardise)
     rows = read_metrics(folder / "metrics.csv")
     summary = {

@@ -14,8 +14,8 @@ from training import checkpoint
 from training.options import UserError
 
 NAME = "checkpoint.safetensors"
-# Ctrl-C, kill, a closed terminal or console, a limit of time, and a cluster's warning of one.
-SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU", "SIGUSR1"
+# Ctrl-C, kill, a closed terminal or console, a limit of time, and a cluster's warnings of one.
+SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU", "SIGUSR1", "SIGUSR2"
 SECONDS = 60  # from save to save, where an epoch takes longer
 
 
