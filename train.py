@@ -78,9 +78,7 @@ PRESETS = {
 
 def build(config, image, classes, xp=np):
     """The model of a configuration, drawn from its seed."""
-    if config.operator == "paper" and config.attention != "osa":
-        raise UserError(f"--operator paper: only osa has one, not {config.attention}")
-    if config.operator == "paper":
+    if config.attention == "osa" and config.operator == "paper":
         attention = osa_minimal.MultiHeadOSA
     elif config.attention in relatives.LAYERS:  # some have weights for a number of tokens
         tokens = image[0] * image[1] // config.patch**2
@@ -171,6 +169,8 @@ def work(ranks, config, args, given):
     keep_freed_memory()
     if args.graph and ranks.size > 1:
         raise UserError("--graph: the gradients of several ranks are not summed in a CUDA graph")
+    if not args.eval and config.operator == "paper" and config.attention != "osa":
+        raise UserError(f"--operator paper: only osa has one, not {config.attention}")
     if args.export:
         folder.check_export(args.export)
     progress, arrays = resume.Progress(), None

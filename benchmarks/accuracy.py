@@ -66,6 +66,10 @@ def input_classes(rng, N=96, d_v=8, batch=4):
         yield f"the same, norm of S = 1 ({size})", far_Q, far_K, V, alpha
     yield "K = Q + 1e-3 noise", Q, Q + 1e-3 * K, V, 1.0
     yield "K = Q + 1e-6 noise", Q, Q + 1e-6 * K, V, 1.0
+    near = Q + 0.1 * K
+    norm = float(rotation_angles(Q, near, 1.0).max())
+    for size in (3, 30):
+        yield f"K = Q + 0.1 noise, norm of S = {size}", Q, near, V, size / norm
     U = np.linalg.qr(normal(batch, N, 2 * d_v))[0]
     yield "repeated angles", U[..., :d_v], U[..., d_v:], V, 2.0
     yield "N < 2 d_v", *tokens(2 * d_v - 5), 0.3

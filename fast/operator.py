@@ -22,6 +22,8 @@ from osa_minimal import T, orthonormal_basis
 ROUTES = ("auto", "gram", "qr", "newton_schulz", "dense", "products")
 # Limits of `auto`.  Estimated error of the gram route / (eps max(1, ‖S‖)); see `_gram_norms`.
 GRAM_LIMIT = 8.0
+# The same for float32 tokens and G in float64: up to here nothing of eps = 1.2e-7 is lost.
+GRAM_LIMIT_64 = 1e7
 # ‖S‖: above it the small exponential is spectral, with cost and accuracy independent of ‖S‖.
 RHO_MAX = 64.0
 # Rows of [P, V, dO] taken at a time on a CPU, where they have to be copied.
@@ -184,18 +186,15 @@ def _forward(F, s, d_v, route):
 
 
 def _try_gram(F, s, d_v, route):
-    """`_by_gram` if it was asked for or is accurate enough, else None.
-
-    With G in float64 only the products with P round in float32, and (error)^½ is what counts.
-    """
+    """`_by_gram` if it was asked for or is accurate enough, else None; for float32 tokens a second
+    try has all that comes of G in float64, where the squares of float32 are exact."""
     xp, r = array_module(F), 2 * d_v
-    for power, dtype in ((1, F.dtype), (2, np.float64)):
+    for dtype, limit in ((F.dtype, GRAM_LIMIT), (np.float64, GRAM_LIMIT_64)):
         X = F.astype(dtype, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is given to a basis
             M = tall_product(X[..., :r], X)  # (r, N) x (N, r + m) -> [G, PᵀV]
             error, rho = _gram_norms(F[..., :r], M[..., :r], s, d_v)
-            limit = (GRAM_LIMIT * xp.maximum(rho, 1)) ** power
-            safe = (error <= limit).all() & xp.isfinite(M).all()
+            safe = (error <= limit * xp.maximum(rho, 1)).all() & xp.isfinite(M).all()
         if route == "gram" or safe:
             break
         if M.dtype == np.float64:
@@ -224,7 +223,7 @@ def _gram_norms(P, G, s, d_v):
     """
     xp = array_module(G)
     QQ, QK, KK = G[..., :d_v, :d_v], G[..., :d_v, d_v:], G[..., d_v:, d_v:]
-    s = abs(s[..., 0, 0])
+    s = abs(s[..., 0, 0]).astype(G.dtype)
 
     def size(M, MtM):
         row_sums = abs(MtM).sum(axis=-1).max(axis=-1)
@@ -254,23 +253,22 @@ def _by_gram(F, M, s, d_v, rho):
         Jy = _J_times(small.value)
         sJy = s * Jy
     # One product, [P, V] [sJy; I]: adding V is a pass over memory otherwise.
-    X = xp.empty((*F.shape[:-2], width, m), F.dtype)
-    with np.errstate(over="ignore"):
-        X[..., :r, :], X[..., r:, :] = sJy, xp.eye(m, dtype=F.dtype)
-    _refuse_overflow("Q, K and V", Jy, X)
+    X = xp.empty((*F.shape[:-2], width, m), M.dtype)
+    X[..., :r, :], X[..., r:, :] = sJy, xp.eye(m, dtype=M.dtype)
+    _refuse_overflow("Q, K and V", Jy, sJy)
 
     def backward(dO, dF, ds):
-        X = xp.zeros((*F.shape[:-2], width + m, width), F.dtype)
+        X = xp.zeros((*F.shape[:-2], width + m, width), M.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            g = tall_product(F[..., :r], dO).astype(M.dtype, copy=False)  # (r, N) x (N, m)
+            g = tall_product(F[..., :r], dO.astype(M.dtype, copy=False))  # (r, N) x (N, m)
             Wbar, Zbar = small.adjoint(-s * _J_times(g))
             E = -_times_J(Zbar)  # Ḡ/s
             ds[...] = inner(g, Jy) + inner(E, G)
             X[..., :r, :r], X[..., :r, r:] = s * (E + T(E)), Wbar
             X[..., r:width, :r] = T(Wbar)
-            X[..., width:, :r], X[..., width:, r:] = T(s * Jy), xp.eye(m, dtype=F.dtype)
-        _refuse_overflow("Q, K, V and dO", X, ds)
-        _rows_times((F, dO), X, dF)  # [dP, dV] = [P, V, dO] X
+            X[..., width:, :r], X[..., width:, r:] = T(s * Jy), xp.eye(m, dtype=M.dtype)
+            _rows_times((F, dO), X, dF)  # [dP, dV] = [P, V, dO] X
+        _refuse_overflow("Q, K, V and dO", X, ds, *([dF] if M.dtype != F.dtype else []))
 
     return product(F, X), backward
 

@@ -130,7 +130,7 @@ SOLUTION = re.compile(
 )
 
 
-RETURNED = "", "return '0.5'", "return [None]", "return {}", "return [[1], [1, 2]]"
+RETURNED = "", "return np.array(0.5)", "return [None]", "return {}", "return [[1], [1, 2]]"
 
 
 @pytest.mark.parametrize("returned", RETURNED)
@@ -150,10 +150,12 @@ def test_what_is_no_result_gets_a_hint_and_a_forgotten_return_is_named(
 
 
 def test_lists_are_taken_for_the_arrays_that_they_are(monkeypatch):
-    for answer, name in (("02-1", "second_order"), ("04-1", "dalpha_from_output")):
+    whole = "def together():\n    return 2 * ([[0, -1, 0], [1, 0, 0], [0, 0, 0]],)"
+    for answer, name in (("02-1", "second_order"), ("04-1", "dalpha_from_output"), ("02-1", "")):
         (path,) = (p for p in SOLUTIONS if p.name[:2] == answer[:2])
         cell = next(source(c) for c in code_cells(read(path)) if grade_id(c) == f"answer-{answer}")
-        cell += f"\n\ndef {name}(*args, f={name}):\n    return f(*args).tolist()"
+        lists = f"def {name}(*args, f={name}):\n    return f(*args).tolist()"
+        cell += "\n\n" + (lists if name else whole)
         run_cells(read(path), monkeypatch, f"check-{answer}", {f"answer-{answer}": cell})
 
 

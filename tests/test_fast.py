@@ -133,6 +133,16 @@ def test_the_gram_route_is_not_taken_where_its_products_leave_the_dtype(rng):
     O = fast.osa_forward(Q, K, V, 1e19)[0]  # s J y overflows
     exact = osa_minimal.osa_dense(*cast(np.float64, Q, K, V), 1e19)
     close(O / 1e36, exact / 1e36, tolerance(Q, K, 1e19))
+    Q, K = (1e14 * n((2, 7, 1))).astype(np.float32)
+    A = fast.attention_matrix(Q, K, np.float32(1e-28))  # QᵀQ overflows, s² underflows
+    close(A.T @ A, np.eye(7), 8 * 7 * np.finfo(np.float32).eps)
+    Q, K, V, dO = (size * n((60, 8)) for size in (1e20, 1e-20, 1e-15, 1))  # QᵀQ is 1e80 KᵀK
+    arrays = cast(np.float32, Q, K, V, dO)
+    got = fast.osa_backward(arrays[3], fast.osa_forward(*arrays[:3], 0.1)[1])
+    Q, K, V, dO = cast(np.float64, *arrays)
+    exact = OPERATORS["dense"].gradients(Q, K, V, 0.1, dO)
+    for g, e in zip(got, exact):
+        close(g / abs(e).max(), e / abs(e).max(), 60 * np.finfo(np.float32).eps)
 
 
 def test_a_common_component_needs_no_basis_but_a_gram_matrix_in_float64(rng, monkeypatch):
@@ -147,8 +157,8 @@ def test_a_common_component_needs_no_basis_but_a_gram_matrix_in_float64(rng, mon
         errors[route] = [
             np.linalg.norm(g - e) / np.linalg.norm(e) for g, e in zip(gradients, exact)
         ]
-    assert max(errors["auto"]) < 8 * np.finfo(np.float32).eps * 3  # ‖S‖₂ = 3
-    assert min(np.divide(errors["gram"], errors["auto"])[:2]) > 2, errors  # dQ, dK
+    assert max(errors["auto"]) < np.finfo(np.float32).eps  # the rounding of the results themselves
+    assert min(np.divide(errors["gram"], errors["auto"])[:3]) > 4, errors
 
 
 @pytest.mark.parametrize("N, alpha", [(50, 5.0), (200, 1.0), (1000, 3.0)])
