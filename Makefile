@@ -36,10 +36,11 @@ experiments: .venv/setup.stamp  ## run every experiment behind RESULTS.md (some 
 	$(BIN)/python experiments/depth.py
 	$(BIN)/python experiments/relatives.py
 	$(BIN)/python experiments/length.py
+	$(BIN)/python experiments/ablation.py
 	$(BIN)/python experiments/depth.py --long
 
 figures: .venv/setup.stamp  ## draw every figure of RESULTS.md from the committed results
-	for name in mnist propagation comparison recall depth relatives length; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
+	for name in mnist propagation comparison recall depth relatives length ablation; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
 	for name in accuracy speed; do $(BIN)/python benchmarks/$$name.py --draw || exit 1; done
 
 bench: .venv/bench.stamp .venv/mpi.stamp  ## measure speed and memory beside PyTorch, and a step on two ranks
