@@ -14,6 +14,7 @@ import csv
 import json
 import subprocess
 import sys
+from unittest.mock import patch
 
 import common
 
@@ -34,6 +35,7 @@ FACTOR_BASE = {
 FACTORS = {
     "none": {},
     "MLP ratio 4": {"mlp_ratio": 4},
+    "MLP ratio 4, W_2 = W_1ᵀR": {"mlp_ratio": 4, "tied": True},
     "nearly plain ReLU, η = 0.9": {"eta": 0.9},
     "Muon 0.003": {"lr": 0.003},
     "AdamW 0.0003, no Muon": {"optimizer": "adamw", "lr": 0.0003},
@@ -63,6 +65,23 @@ LONG = {
 ALL_LONG = "--mlp-ratio 1 --shift 0 --log-every 25 --threads 1"
 
 
+def train_tied(options):
+    """`common.train_once`; with "tied", each W_2 begins as W_1ᵀR, R a random orthogonal matrix."""
+    import osa_minimal
+
+    untied, options = osa_minimal.MLP.__init__, dict(options)
+
+    def tied(self, d, ratio, slope, rng, *kind):
+        untied(self, d, ratio, slope, rng, *kind)
+        W_1, W_2 = (self.parameters[k] for k in ("W_1", "W_2"))
+        W_2.data = W_1.data.T @ osa_minimal.random_orthogonal(d, d, rng)
+        # ψ(u) = (1+a)/2 u + (1−a)/2 |u|: the former comes back whole, of the latter 1/ratio
+        self.gain = (((1 + slope) / 2) ** 2 + ((1 - slope) / 2) ** 2 / ratio) ** -0.5
+
+    with patch.object(osa_minimal.MLP, "__init__", tied if options.pop("tied", 0) else untied):
+        return common.train_once(options)
+
+
 def experiment(path, processes, quick=False):
     """The rates, then the seeds, then the factors; a CSV file of each."""
     depths, rates = ((2, 4), RATES[1:2]) if quick else (DEPTHS, RATES)
@@ -79,7 +98,7 @@ def experiment(path, processes, quick=False):
     factors = dict(list(FACTORS.items())[:2]) if quick else FACTORS
     jobs = [{"arm": arm, **base, **change, "seed": seed}
             for seed in seeds[:2] for arm, change in factors.items()]  # fmt: skip
-    common.run_all(path.with_name("depth_factors.csv"), jobs, processes)
+    common.run_all(path.with_name("depth_factors.csv"), jobs, processes, train_tied)
 
 
 def long_runs(folder):
