@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = "comparison", "depth", "length", "propagation", "recall", "relatives"
+NAMES = "canvas", "comparison", "depth", "length", "propagation", "recall", "relatives"
 
 
 def run(*arguments):
