@@ -33,6 +33,7 @@ experiments: .venv/setup.stamp  ## run every experiment behind RESULTS.md (some 
 	$(BIN)/python experiments/mnist.py
 	$(BIN)/python experiments/comparison.py
 	$(BIN)/python experiments/recall.py
+	$(BIN)/python experiments/canvas.py
 	$(BIN)/python experiments/depth.py
 	$(BIN)/python experiments/relatives.py
 	$(BIN)/python experiments/length.py
@@ -40,7 +41,7 @@ experiments: .venv/setup.stamp  ## run every experiment behind RESULTS.md (some 
 	$(BIN)/python experiments/depth.py --long
 
 figures: .venv/setup.stamp  ## draw every figure of RESULTS.md from the committed results
-	for name in mnist propagation comparison recall depth relatives length ablation; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
+	for name in mnist propagation comparison recall canvas depth relatives length ablation; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
 	for name in accuracy speed; do $(BIN)/python benchmarks/$$name.py --draw || exit 1; done
 
 bench: .venv/bench.stamp .venv/mpi.stamp  ## measure speed and memory beside PyTorch, and a step on two ranks

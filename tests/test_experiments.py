@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = "ablation", "comparison", "depth", "length", "propagation", "recall", "relatives"
+NAMES = (
+    "ablation", "canvas", "comparison", "depth", "length", "propagation", "recall", "relatives",
+)  # fmt: skip
 
 
 def run(*arguments):
