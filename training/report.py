@@ -98,7 +98,8 @@ class Log:
         loss, train = loss / count, right / count / run.batches.size
         if not math.isfinite(loss):
             raise FloatingPointError("the loss is NaN or Inf")
-        some = run.standardise(run.x_val[:16])
+        few = min(16, 1 + 1024 // len(run.model.outer["b_E"].data))  # A is N × N
+        some = run.standardise(run.x_val[:few])
         s_norm, error = probe(run.model, some) if run.has_angles else (math.nan, math.nan)
         progress.worst_error = float(np.fmax(progress.worst_error, error))
         progress.largest_s = float(np.fmax(progress.largest_s, s_norm))
