@@ -106,9 +106,9 @@ def main():
         print_accuracy("after", model, *test)
     if rank == 0 and args.out:
         weights = {k.removeprefix("outer."): p.data.cpu() for k, p in model.named_parameters()}
-        with safe_open(args.model, "pt") as file:
-            save_file(weights, args.out, file.metadata())
+        save_file(weights, args.out, safe_open(args.model, "pt").metadata())
     if size > 1:
+        distributed.barrier()  # the others wait for the test of the first: all end together
         distributed.destroy_process_group()
 
 
