@@ -133,10 +133,14 @@ def note(path):
     file.write_text(text + "\n", encoding="utf-8")
 
 
-def best_rate(rows, job, names):
-    """The rate with the best validation accuracy of the rows that agree with `job` in `names`."""
+def best_row(rows, job, names):
+    """The row with the best validation accuracy of those that agree with `job` in `names`."""
     some = [row for row in rows if key(row, names) == key(job, names)]
-    return max(some, key=lambda row: (row["validation"] != "nan", float(row["validation"])))["lr"]
+    return max(some, key=lambda row: (row["validation"] != "nan", float(row["validation"])))
+
+
+def best_rate(rows, job, names):
+    return best_row(rows, job, names)["lr"]
 
 
 def key(row, names):

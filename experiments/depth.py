@@ -7,7 +7,9 @@ ratio 1, Muon, STEPS steps of 64 images.  The rate of each depth and arm, AdamW'
 one of RATES with the best validation accuracy (seed 0, depth_tuning.csv); then come the SEEDS, and
 only their test set counts.  depth_factors.csv: 128 layers of OSA on 4 tokens, with one setting
 changed at a time.
---long trains the networks of LONG, of 128 and of 1,000 layers, on all images: depth_long.csv.
+--long: all images.  128 layers of each arm, ALL, at the pair of ALL_RATES (of the matrices; of
+biases, embedding and read-out) with the best validation accuracy after ALL_TUNING steps (seed 100,
+depth_all_tuning.csv), then the SEEDS: depth_all.csv.  And 1,000 layers: depth_long.csv.
 """
 
 import csv
@@ -54,15 +56,16 @@ ARMS = {
     "softmax": {"attention": "softmax"},
     "ViT: softmax, skips, LayerNorm": {"attention": "softmax", "skip": True, "norm": True},
 }
-LONG = {
-    "128 layers, 16 tokens": "--depth 128 --epochs 3 --eta 0.5 --lr 0.0008 --batch-size 128 "
-    "--adam-lr 0.003 --s-norm 0.05 --warmup 50",
-    "128 layers, 4 tokens": "--depth 128 --patch 14 --epochs 6 --eta 0.6 --lr 0.001 --batch-size "
-    "128 --adam-lr 0.003 --s-norm 0.05 --warmup 50",
-    "1,000 layers, 4 tokens": "--depth 1000 --patch 14 --epochs 1 --eta 0.6 --lr 0.0002 "
-    "--batch-size 64 --adam-lr 0.0005 --s-norm 0.01 --warmup 20",
-}
-ALL_LONG = "--mlp-ratio 1 --shift 0 --log-every 25 --threads 1"
+ALL = {
+    "optimizer": "muon", "depth": 128, "patch": 14, "mlp_ratio": 1, "eta": 0.6, "batch_size": 128,
+    "warmup": 50, "s_norm": 0.05, "epochs": 3,
+}  # fmt: skip
+ALL_RATES = (0.0003, 0.001), (0.001, 0.001), (0.001, 0.003), (0.003, 0.003), (0.01, 0.01)
+ALL_TUNING = 100
+LONG = (
+    "--depth 1000 --patch 14 --epochs 1 --eta 0.6 --lr 0.0002 --batch-size 64 --adam-lr 0.0005 "
+    "--s-norm 0.01 --warmup 20 --mlp-ratio 1 --shift 0 --log-every 25 --threads 1"
+)
 
 
 def train_tied(options):
@@ -101,21 +104,35 @@ def experiment(path, processes, quick=False):
     common.run_all(path.with_name("depth_factors.csv"), jobs, processes, train_tied)
 
 
-def long_runs(folder):
-    """Trains the networks of LONG, unless that was done: depth_long.csv and depth_long.json."""
-    rows, summaries = [], {}
-    for name, options in LONG.items():
-        out = common.ROOT / "runs" / name.replace(",", "").replace(" ", "-")
-        if not (out / "summary.json").exists():
-            command = [sys.executable, "train.py", *ALL_LONG.split(), *options.split()]
-            subprocess.run([*command, "--out", str(out)], cwd=common.ROOT, check=True)
-        with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows += [{"network": name} | row for row in csv.DictReader(file)]
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        options = f"python train.py {ALL_LONG} {options}"
-        summaries[name] = {"options": options} | {key: summary[key] for key in SUMMARY}
-    common.write(folder / "depth_long.csv", rows, ["network", *COLUMNS])
-    text = json.dumps(summaries, indent=1, ensure_ascii=False)
+def all_images(path, processes, quick=False):
+    """128 layers of each arm: the rates, then the seeds."""
+    size = {"depth": 4, "limit_data": 500, "every": 20, "steps": 4} if quick else {}
+    jobs = [
+        {"arm": arm, **ALL, **options, "lr": lr, "adam_lr": adam_lr, "seed": 100,
+         "steps": ALL_TUNING, "tuning": True, **size}
+        for lr, adam_lr in ALL_RATES[:1 if quick else None] for arm, options in ARMS.items()
+    ]  # fmt: skip
+    tuned = common.run_all(path.with_name("depth_all_tuning.csv"), jobs, processes)
+    final = []
+    for arm, options in ARMS.items():
+        best = common.best_row(tuned, {"arm": arm}, ("arm",))
+        rates = {name: best[name] for name in ("lr", "adam_lr")}
+        final += [{"arm": arm, **ALL, **options, **rates, **size, "seed": seed} for seed in SEEDS]
+    final.sort(key=lambda job: job["seed"])
+    common.run_all(path, final[: 2 if quick else None], processes)
+
+
+def thousand(folder):
+    """Trains 1,000 layers, unless that was done: depth_long.csv and depth_long.json."""
+    out = common.ROOT / "runs" / "1000-layers"
+    if not (out / "summary.json").exists():
+        command = [sys.executable, "train.py", *LONG.split(), "--out", str(out)]
+        subprocess.run(command, cwd=common.ROOT, check=True)
+    with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
+        common.write(folder / "depth_long.csv", csv.DictReader(file), COLUMNS)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    summary = {"options": f"python train.py {LONG}"} | {key: summary[key] for key in SUMMARY}
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
     (folder / "depth_long.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -152,21 +169,20 @@ def draw(path):
         axis.grid(alpha=0.3)
     left.legend(fontsize=8)
     right.legend(fontsize=8)
-    for name in dict.fromkeys(row["network"] for row in long):
-        some = [row for row in long if row["network"] == name]
-        y = [100 * float(row["validation_accuracy"]) for row in some]
-        last.plot([int(row["step"]) for row in some], y, label=name)
-    last.set(xlabel="step", ylabel="validation accuracy, %", ylim=(80, 100))
+    y = [100 * float(row["validation_accuracy"]) for row in long]
+    last.plot([int(row["step"]) for row in long], y)
+    last.set(xlabel="step", ylabel="validation accuracy of 1,000 layers, %")
     last.grid(alpha=0.3)
-    last.legend(fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 def main():
-    args = common.arguments(__doc__, long="the networks of 128 and of 1,000 layers alone")
+    args = common.arguments(__doc__, long="128 layers on all images, and 1,000")
     path = args.folder / "depth.csv"
     if args.long:
-        long_runs(args.folder)
+        all_images(args.folder / "depth_all.csv", args.processes, args.quick)
+        if not args.quick:
+            thousand(args.folder)
     elif not args.draw:
         experiment(path, args.processes, args.quick)
     if path.exists():
