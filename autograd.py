@@ -86,8 +86,8 @@ def no_grad():
 class Tensor:
     """An array, its gradient, and the operation that made it.
 
-    data: a NumPy or CuPy array (anything else is converted by NumPy).
-    requires_grad: whether `backward` adds to `.grad`, an array of the same shape and dtype.
+    data: a NumPy or CuPy array or a NumPy scalar (anything else is converted by NumPy).
+    requires_grad: of a leaf, that `backward` adds to `.grad`; of a result, that it passes through.
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_parents", "_backward")
@@ -153,15 +153,15 @@ class Tensor:
             gave = f"the backward pass of {node._backward.__qualname__.partition('.')[0]} gave"
             if len(got) != len(parents):
                 raise ValueError(f"{gave} {len(got)} gradients for {len(parents)} arguments")
-            for parent, gp in zip(parents, got):
-                if not parent.requires_grad:
+            for p, gp in zip(parents, got):
+                if not p.requires_grad:
                     continue
-                if getattr(gp, "shape", None) != parent.shape or not parent.dtype <= gp.dtype:
-                    what = f"{gp.dtype} {gp.shape}" if hasattr(gp, "dtype") else gp
-                    raise ValueError(f"{gave} a gradient {what} for an argument {parent.shape}")
-                array_module(parent, gp)  # TypeError for what is no plain array
+                if getattr(gp, "shape", None) != p.shape or not p.dtype <= gp.dtype:
+                    it = f"{gp.dtype} {gp.shape}" if hasattr(gp, "dtype") else gp
+                    raise ValueError(f"{gave} a gradient {it} for an argument {p.shape} {p.dtype}")
+                array_module(p, gp)  # TypeError for what is no plain array
                 # Never in place: `add` hands the same array to both parents.
-                grads[id(parent)] = grads[id(parent)] + gp if id(parent) in grads else gp
+                grads[id(p)] = grads[id(p)] + gp if id(p) in grads else gp
             node._parents, node._backward = (), _USED  # free what the operation saved
 
 
@@ -519,7 +519,7 @@ def gradient_check(f, *arrays, rng=None, directions=3):
     worst, h = 0.0, np.finfo(np.float64).eps ** (1 / 3)
     for _ in range(directions):
         inputs = [Tensor(xp.array(a), requires_grad=True) for a in arrays]
-        (out,) = _tensors(f(*inputs))  # which says what is wrong with another thing
+        (out,) = _tensors(f(*inputs))  # TypeError where f gives no tensor or array
         G, *tangents = (xp.asarray(rng.standard_normal(a.shape)) for a in (out, *arrays))
         out.backward(G)
         for which in [range(len(arrays)), *([i] for i in range(len(arrays)))]:

@@ -65,13 +65,13 @@ def exp_phi1(Z):
     """E = exp(Z) and F = φ₁(Z) = ∫₀¹ e^{tZ} dt for Z (..., n, n), by matrix products alone.
 
     Taylor's series at Y = Z/2ʲ, ‖Y‖ ≤ ½; then j doublings, of E1 = e^Y − I = Y φ₁(Y):
-        φ₁(2Y) = ½ (e^Y + I) φ₁(Y) = F + ½ E1 F,   e^{2Y} − I = E1² + 2 E1.
-    The error is some eps max(1, ‖Z‖).  FloatingPointError if Z holds NaN or Inf.
+        φ₁(2Y) = ½ (e^Y + I) φ₁(Y) = φ₁(Y) + ½ E1 φ₁(Y),   e^{2Y} − I = E1² + 2 E1.
+    The error is some eps max(1, ‖Z‖), Z skew.  FloatingPointError for NaN, Inf, ‖Z‖_∞ ≥ 1/eps.
     """
     I = array_module(Z).eye(Z.shape[-1], dtype=Z.dtype)
     norm = float(abs(Z).sum(axis=-1).max())  # ‖Z‖_∞, not below any eigenvalue
     if not norm * float(np.finfo(Z.dtype).eps) < 1:  # no digit of an angle is left
-        raise FloatingPointError("the scores S hold NaN or Inf, or are beyond 1/eps")
+        raise FloatingPointError("the scores S hold NaN or Inf, or V, or dO; or S is beyond 1/eps")
     j = max(0, math.ceil(math.log2(norm)) + 1) if norm else 0
     terms = 9 if Z.dtype == np.float32 else 17  # the next term is below eps
     Y = Z * 0.5**j
@@ -98,8 +98,8 @@ def frechet(Z, D):
 def orthonormal_basis(M, method="qr"):
     """B with orthonormal columns whose span contains that of M (..., N, 2 d_v), N > 2 d_v.
 
-    "qr": reduced QR.  "newton_schulz": B ← ½ B (3I − BᵀB) from M with columns of one norm, to ‖B‖_F
-    = 1.  Small singular values grow by 1.5 a step, in 50 (float64: 100) all but rounding errors.
+    "qr": reduced QR.  "newton_schulz": B ← ½ B (3I − BᵀB) from M scaled to columns of norm r^−½.
+    Small singular values grow by 1.5 a step, in 50 (float64: 100) all but rounding errors.
     """
     if method == "qr":
         return array_module(M).linalg.qr(M)[0]
@@ -178,7 +178,7 @@ def init_mosa(d, heads, rng, alpha=0.1, dtype=np.float32):
     """The paper's initialisation of a layer, a dict of NumPy arrays; ‖M-OSA(X)‖ = ‖X‖ for every α.
 
     W_QK (h, d, 2 d_v): [W_Q, W_K] per head, orthonormal columns, which needs 2 d_v ≤ d, so h ≥ 2;
-    W_V, W_O (d, d): orthogonal;  alpha (h, 1, 1): small, so that A ≈ I.
+    W_V, W_O (d, d): orthogonal;  alpha (h, 1, 1): `calibrate` makes it so small that A ≈ I.
     """
     if heads < 2 or d % heads:
         raise ValueError(f"heads must divide the width and be at least 2: {heads} heads, width {d}")
@@ -306,7 +306,7 @@ def patchify(images, patch):
     """Images (batch, height, width[, channels]) -> tokens (batch, N, channels patch²), in rows."""
     batch, height, width, *_ = images.shape
     if not images.size or height % patch or width % patch:
-        raise ValueError(f"the patch must divide the images, got {patch} and sides {images.shape}")
+        raise ValueError(f"the patch must divide the images, of shape {images.shape}, got {patch}")
     tiles = images.reshape(batch, height // patch, patch, width // patch, patch, -1)
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * width // patch**2, -1)
 
@@ -314,7 +314,7 @@ def patchify(images, patch):
 def position_embedding(rows, columns, d, dtype=np.float32):
     """b_E (N, d): columns cos(πk (y + ½)/rows) cos(πl (x + ½)/columns), low (k, l) ≠ 0 first; ours.
 
-    Orthogonal, then zeros; of mean square ¼: ε < 15 ‖S‖₂ on digits, for any N (notebook 06).
+    Orthogonal, then zeros; of mean square ¼: ε < 15 ‖S‖₂ on digits, N = 4 to 784 (notebook 06).
     """
     y, x = np.divmod(np.arange(rows * columns), columns)  # of a patch, and (k, l) of a column
     order = np.argsort((y / rows) ** 2 + (x / columns) ** 2, kind="stable")[1 : d + 1]

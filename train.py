@@ -139,7 +139,7 @@ class Run:
         self.grads[...] = 0
         loss, right = self.gradients(self.standardise(images), labels)
         norm = 0.0
-        for optimizer, part, rate in self.updates:  # clipped apart: ∂L/∂α is large where α is small
+        for optimizer, part, rate in self.updates:  # clipped apart: ∂L/∂α is large where S/α is
             norm = self.xp.hypot(norm, clip(self.grads[part], self.config.clip))
             optimizer.step(self.weights[part], self.grads[part], factor * rate, count)
         return loss, right, norm

@@ -60,7 +60,9 @@ ALL = {
     "optimizer": "muon", "depth": 128, "patch": 14, "mlp_ratio": 1, "eta": 0.6, "batch_size": 128,
     "warmup": 50, "s_norm": 0.05, "epochs": 3,
 }  # fmt: skip
-ALL_RATES = (0.0003, 0.001), (0.001, 0.001), (0.001, 0.003), (0.003, 0.003), (0.01, 0.01)
+ALL_RATES = (
+    (0.0003, 0.001), (0.001, 0.001), (0.001, 0.003), (0.003, 0.003), (0.01, 0.01), (0.03, 0.01),
+)  # fmt: skip
 ALL_TUNING = 100
 LONG = (
     "--depth 1000 --patch 14 --epochs 1 --eta 0.6 --lr 0.0002 --batch-size 64 --adam-lr 0.0005 "
@@ -99,8 +101,7 @@ def experiment(path, processes, quick=False):
     common.run_all(path, [{**job, "seed": seed} for seed in seeds for job in chosen], processes)
     base = FACTOR_BASE | ({"depth": 8, **size} if quick else {})
     factors = dict(list(FACTORS.items())[:2]) if quick else FACTORS
-    jobs = [{"arm": arm, **base, **change, "seed": seed}
-            for seed in seeds[:2] for arm, change in factors.items()]  # fmt: skip
+    jobs = [{"arm": arm, **base, **change, "seed": seeds[0]} for arm, change in factors.items()]
     common.run_all(path.with_name("depth_factors.csv"), jobs, processes, train_tied)
 
 
