@@ -68,7 +68,7 @@ def experiment(path, processes, quick=False):
     ]  # fmt: skip
     tuning = [{**job, "steps": short, "seed": 100, "tuning": True} for job in jobs]
     tuned = common.run_all(path.with_name("canvas_tuning.csv"), tuning, processes)
-    chosen = [j for j in jobs if str(j["lr"]) == common.best_rate(tuned, j, ("arm",))]
+    chosen = [j for j in jobs if str(j["lr"]) == common.best_row(tuned, j, ("arm",))["lr"]]
     seeds = range(1 if quick else SEEDS)
     return common.run_all(
         path, [{**j, "steps": long, "seed": s} for s in seeds for j in chosen], processes

@@ -139,10 +139,6 @@ def best_row(rows, job, names):
     return max(some, key=lambda row: (row["validation"] != "nan", float(row["validation"])))
 
 
-def best_rate(rows, job, names):
-    return best_row(rows, job, names)["lr"]
-
-
 def key(row, names):
     return tuple(str(row.get(name, "")) for name in names)
 

@@ -47,7 +47,7 @@ def experiment(path, processes, quick=False, **data):
     final = []
     for arm, optimizer in pairs:
         job = {**arms[arm], "optimizer": optimizer}
-        lr = common.best_rate(tuned, job, ("attention", "skip", "optimizer"))
+        lr = common.best_row(tuned, job, ("attention", "skip", "optimizer"))["lr"]
         final += [
             {"arm": arm, **job, "lr": lr, "seed": seed, "epochs": EPOCHS, **size}
             for seed in range(1 if quick else 3 if data else SEEDS)

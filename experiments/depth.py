@@ -96,7 +96,7 @@ def experiment(path, processes, quick=False):
         for depth in depths for lr in rates for arm, options in ARMS.items()
     ]  # fmt: skip
     tuned = common.run_all(path.with_name("depth_tuning.csv"), jobs, processes)
-    chosen = [j for j in jobs if str(j["lr"]) == common.best_rate(tuned, j, ("arm", "depth"))]
+    chosen = [j for j in jobs if str(j["lr"]) == common.best_row(tuned, j, ("arm", "depth"))["lr"]]
     seeds = SEEDS[:1] if quick else SEEDS
     common.run_all(path, [{**job, "seed": seed} for seed in seeds for job in chosen], processes)
     base = FACTOR_BASE | ({"depth": 8, **size} if quick else {})

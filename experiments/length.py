@@ -38,7 +38,8 @@ def experiment(path, processes, quick=False):
         tuning = [job for some in jobs.values() for job in some]
         tuned = common.run_all(path.with_name("length_tuning.csv"), tuning, processes)
         best = {
-            arm: common.best_rate(tuned, some[0], ("arm", "patch")) for arm, some in jobs.items()
+            arm: common.best_row(tuned, some[0], ("arm", "patch"))["lr"]
+            for arm, some in jobs.items()
         }
         final.sort(
             key=lambda j: (patch == 1 and j["attention"] == "softmax", j["seed"])

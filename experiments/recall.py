@@ -65,7 +65,7 @@ def experiment(path, processes, quick=False):
         for depth in depths for arm, options in ARMS.items() for lr in rates
     ]  # fmt: skip
     tuned = common.run_all(path.with_name("recall_tuning.csv"), jobs, processes)
-    chosen = [j for j in jobs if str(j["lr"]) == common.best_rate(tuned, j, ("arm", "depth"))]
+    chosen = [j for j in jobs if str(j["lr"]) == common.best_row(tuned, j, ("arm", "depth"))["lr"]]
     seeds = range(1 if quick else SEEDS)
     return common.run_all(path, [{**j, "seed": s} for s in seeds for j in chosen], processes)
 

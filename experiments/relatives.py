@@ -60,8 +60,8 @@ def training(folder, processes, quick=False):
             rates = RATES[: 1 if quick else None]
             jobs += [job | {"lr": lr, "seed": 100, "tuning": True} for lr in rates]
         tuned = common.run_all(folder / "relatives_tuning.csv", jobs, processes)
-        best = functools.partial(common.best_rate, tuned, names=("arm", "setting"))
-        chosen = [job for job in jobs if str(job["lr"]) == best(job)]
+        best = functools.partial(common.best_row, tuned, names=("arm", "setting"))
+        chosen = [job for job in jobs if str(job["lr"]) == best(job)["lr"]]
         seeds = range(1 if quick else SEEDS)
         final = [job | {"seed": i, "tuning": False} for i in seeds for job in chosen]
         common.run_all(folder / "relatives.csv", final, processes)
