@@ -26,7 +26,7 @@ ARMS = {
 }
 GRID = {"muon": (0.003, 0.01, 0.03, 0.1), "adamw": (0.0003, 0.001, 0.003, 0.01, 0.03)}
 MNIST_ALONE = "OSA, skips, LayerNorm", "XSA, skips, LayerNorm"
-EPOCHS, SEEDS = 5, 5
+EPOCHS, SEEDS = 5, 3
 FASHION = "/usr/share/datasets/fashion-mnist"
 PAPER = {"OSA, skipless, in the paper": 97.2, "softmax, skipless, in the paper": 94.6}
 

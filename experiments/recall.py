@@ -23,8 +23,8 @@ ARMS = {
     "ViT: softmax, skips, LayerNorm": {"attention": "softmax", "skip": True, "norm": True},
 }
 HOPS, DEPTHS, STEPS = 3, (1, 2, 4), 1000
-RATES, SEEDS = (0.003, 0.01, 0.03), 3
-COMMON = {"patch": 4, "shift": 0, "epochs": 4, "mlp_ratio": 2, "s_norm": 1.0, "alpha_lr": 0.01}
+RATES, SEEDS = (0.003, 0.01, 0.03, 0.1), 3
+COMMON = {"patch": 4, "shift": 0, "epochs": 4, "mlp_ratio": 2, "s_norm": 1.0}
 ETA = {1: 0.25, 2: 0.4, 4: 0.4}  # a ReLU reaches no more than 0.32 in one layer
 
 
