@@ -27,6 +27,16 @@ def test_the_quick_form_runs_and_draws(name):
         assert (ROOT / "runs" / "quick" / (name + suffix)).stat().st_size > 200
 
 
+def test_the_long_form_of_depth_tunes_each_arm_and_trains():
+    folder = ROOT / "runs" / "quick"
+    for old in folder.glob("depth_all*"):
+        old.unlink()
+    done = run("experiments/depth.py", "--long", "--quick")
+    assert done.returncode == 0, done.stderr
+    for name in ("depth_all_tuning.csv", "depth_all.csv"):
+        assert len((folder / name).read_text(encoding="utf-8").splitlines()) > 2
+
+
 @pytest.mark.parametrize("name", [*NAMES, "mnist"])
 def test_the_figure_is_drawn_from_committed_results(name, tmp_path):
     """In a copy, so that the committed figure stays as it is."""
