@@ -183,6 +183,7 @@ def main():
         depths, jacobians = (DEPTHS[:4], JACOBIANS[:1]) if args.quick else (DEPTHS, JACOBIANS)
         rows = [row for name in names for row in measure(name, depths, jacobians)]
         common.write(path, rows, FIELDS)
+        common.note(path)
     draw(path)
 
 
