@@ -314,7 +314,7 @@ def patchify(images, patch):
 def position_embedding(rows, columns, d, dtype=np.float32):
     """b_E (N, d): columns cos(πk (y + ½)/rows) cos(πl (x + ½)/columns), low (k, l) ≠ 0 first; ours.
 
-    Orthogonal, then zeros; of mean square ¼: ε < 15 ‖S‖₂ on digits, N = 4 to 784 (notebook 06).
+    Orthogonal, then zeros; of mean square ¼: ε < 15 ‖S‖₂ on digits, N = 4 to 784 (test_theory.py).
     """
     y, x = np.divmod(np.arange(rows * columns), columns)  # of a patch, and (k, l) of a column
     order = np.argsort((y / rows) ** 2 + (x / columns) ** 2, kind="stable")[1 : d + 1]

@@ -22,7 +22,7 @@ import common
 
 DEPTHS = (2, 4, 8, 16, 32, 64, 128)
 STEPS = 80
-RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 SEEDS = (1, 2, 3)
 COMMON = {
     "optimizer": "muon", "mlp_ratio": 1, "eta": 0.4, "batch_size": 64, "warmup": 20, "shift": 0,
