@@ -86,7 +86,7 @@ def draw(path):
     axes.axhline(25, color="0.5", ls=":", label="without mixing")
     axes.set(xlabel="layers", ylabel=f"test accuracy, {HOPS} hops, %", xticks=DEPTHS)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
+    axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.35))
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
