@@ -31,6 +31,7 @@ notebooks: .venv/setup.stamp  ## execute every notebook and check it
 experiments: .venv/setup.stamp  ## run every experiment behind RESULTS.md (some hours)
 	$(BIN)/python experiments/propagation.py
 	$(BIN)/python experiments/mnist.py
+	$(BIN)/python experiments/mnist.py --short
 	$(BIN)/python experiments/comparison.py
 	$(BIN)/python experiments/recall.py
 	$(BIN)/python experiments/canvas.py
