@@ -5,7 +5,7 @@
 Every arm has the network, batches and schedule of the default preset.  The learning rate of each
 arm and optimiser is the one of GRID with the best validation accuracy after one epoch of 27,500
 images (seed 100); then come SEEDS runs of EPOCHS epochs, and only their test set counts.
---fashion: the skipless arms and the ViT, three seeds, on Fashion-MNIST, whose four files Debian's
+--fashion: the skipless arms and the ViT, on Fashion-MNIST, whose four files Debian's
 package dataset-fashion-mnist puts into the folder FASHION: fashion.csv, .json and .png.
 """
 
@@ -50,7 +50,7 @@ def experiment(path, processes, quick=False, **data):
         lr = common.best_row(tuned, job, ("attention", "skip", "optimizer"))["lr"]
         final += [
             {"arm": arm, **job, "lr": lr, "seed": seed, "epochs": EPOCHS, **size}
-            for seed in range(1 if quick else 3 if data else SEEDS)
+            for seed in range(1 if quick else SEEDS)
         ]
     final.sort(key=lambda job: job["seed"])  # a stopped experiment has all arms
     return common.run_all(path, final, processes)

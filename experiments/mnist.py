@@ -1,6 +1,7 @@
 """The main job for several seeds, one after the other: results/mnist.json and mnist.png.
 
-    python experiments/mnist.py --seeds 5 [--short] [options of train.py]
+    python experiments/mnist.py --seeds 5 [options of train.py]
+    python experiments/mnist.py --seeds 5 --short
 
 Each run is `python train.py --seed N --out runs/mnist-seed-N`; runs that exist are not repeated.
 --short: the main job of 3 and of 4 epochs in place of 5, mnist_short.csv.
@@ -73,6 +74,7 @@ def main():
         with open(RESULTS / "mnist.csv", newline="", encoding="utf-8") as file:
             return draw(list(csv.DictReader(file)), RESULTS / "mnist.png")
     if args.short:
+        options and parser.error(f"--short takes no {options[0]}")
         jobs = [{"epochs": n, "seed": seed} for seed in range(args.seeds) for n in (3, 4)]
         return run_all(RESULTS / "mnist_short.csv", jobs, processes=2)
     folders = [run(seed, options) for seed in range(args.seeds)]

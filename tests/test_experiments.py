@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+QUICK = ROOT / "runs" / "quick"
 NAMES = (
     "ablation", "canvas", "comparison", "depth", "length", "propagation", "recall", "relatives",
 )  # fmt: skip
@@ -17,24 +18,25 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+def quick(name, results, *options):
+    """Runs the quick form; finished jobs are not repeated, so the old `results` go first."""
+    for old in QUICK.glob(f"{results}*"):
+        old.unlink()
+    done = run(f"experiments/{name}.py", "--quick", *options)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_quick_form_runs_and_draws(name):
-    for old in (ROOT / "runs" / "quick").glob(f"{name}*"):
-        old.unlink()  # finished jobs are not repeated
-    done = run(f"experiments/{name}.py", "--quick")
-    assert done.returncode == 0, done.stderr
+    quick(name, name)
     for suffix in (".csv", ".png"):
-        assert (ROOT / "runs" / "quick" / (name + suffix)).stat().st_size > 200
+        assert (QUICK / (name + suffix)).stat().st_size > 200
 
 
 def test_the_long_form_of_depth_tunes_each_arm_and_trains():
-    folder = ROOT / "runs" / "quick"
-    for old in folder.glob("depth_all*"):
-        old.unlink()
-    done = run("experiments/depth.py", "--long", "--quick")
-    assert done.returncode == 0, done.stderr
+    quick("depth", "depth_all", "--long")
     for name in ("depth_all_tuning.csv", "depth_all.csv"):
-        assert len((folder / name).read_text(encoding="utf-8").splitlines()) > 2
+        assert len((QUICK / name).read_text(encoding="utf-8").splitlines()) > 2
 
 
 @pytest.mark.parametrize("name", [*NAMES, "mnist"])
