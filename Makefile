@@ -45,8 +45,9 @@ figures: .venv/setup.stamp  ## draw every figure of RESULTS.md from the committe
 	for name in mnist propagation comparison recall canvas depth relatives length ablation; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
 	for name in accuracy speed; do $(BIN)/python benchmarks/$$name.py --draw || exit 1; done
 
-bench: .venv/bench.stamp .venv/mpi.stamp  ## measure speed and memory beside PyTorch, and a step on two ranks
+bench: .venv/bench.stamp .venv/mpi.stamp  ## measure speed and memory beside PyTorch, each part of fast/, and a step on two ranks
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+	$(BIN)/python benchmarks/parts.py
 	$(BIN)/python benchmarks/ranks.py
 
 accuracy: .venv/setup.stamp  ## measure rounding errors against a float64 reference

@@ -39,6 +39,18 @@ def test_the_long_form_of_depth_tunes_each_arm_and_trains():
         assert len((QUICK / name).read_text(encoding="utf-8").splitlines()) > 2
 
 
+def test_the_comparison_trains_on_the_images_of_another_folder():
+    """The bundled ones stand in for Fashion-MNIST's."""
+    for old in QUICK.glob("fashion*"):
+        old.unlink()
+    code = "import comparison; comparison.FASHION = 'data/mnist.npz'; comparison.main()"
+    code = f"import sys; sys.path.insert(0, 'experiments'); {code}"
+    done = run("-c", code, "--quick", "--fashion")
+    assert done.returncode == 0, done.stderr
+    rows = (QUICK / "fashion.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 2 and all(",data/mnist.npz," in row for row in rows[1:])
+
+
 @pytest.mark.parametrize("name", [*NAMES, "mnist"])
 def test_the_figure_is_drawn_from_committed_results(name, tmp_path):
     """In a copy, so that the committed figure stays as it is."""
