@@ -38,11 +38,14 @@ experiments: .venv/setup.stamp  ## run every experiment behind RESULTS.md (some 
 	$(BIN)/python experiments/depth.py
 	$(BIN)/python experiments/relatives.py
 	$(BIN)/python experiments/length.py
+	$(BIN)/python experiments/length.py --long
 	$(BIN)/python experiments/ablation.py
 	$(BIN)/python experiments/depth.py --long
+	$(BIN)/python experiments/comparison.py --fashion
 
 figures: .venv/setup.stamp  ## draw every figure of RESULTS.md from the committed results
 	for name in mnist propagation comparison recall canvas depth relatives length ablation; do $(BIN)/python experiments/$$name.py --draw || exit 1; done
+	$(BIN)/python experiments/comparison.py --fashion --draw
 	for name in accuracy speed; do $(BIN)/python benchmarks/$$name.py --draw || exit 1; done
 
 bench: .venv/bench.stamp .venv/mpi.stamp  ## measure speed and memory beside PyTorch, each part of fast/, and a step on two ranks

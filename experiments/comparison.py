@@ -11,6 +11,8 @@ package dataset-fashion-mnist puts into the folder FASHION: fashion.csv, .json a
 
 import json
 import statistics
+import sys
+from pathlib import Path
 
 import common
 
@@ -107,6 +109,9 @@ def main():
     if not args.draw:
         from training.report import machine
 
+        if args.fashion and not Path(FASHION).exists():
+            print(f"{FASHION}: not there; Debian's dataset-fashion-mnist has it", file=sys.stderr)
+            sys.exit(2)
         data = {"data": FASHION} if args.fashion else {}
         rows = experiment(path.with_suffix(".csv"), args.processes, args.quick, **data)
         text = json.dumps(summarise(rows) | {"about": machine()}, indent=1)

@@ -22,7 +22,7 @@ import common
 
 DEPTHS = (2, 4, 8, 16, 32, 64, 128)
 STEPS = 80
-RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 SEEDS = (1, 2, 3)
 COMMON = {
     "optimizer": "muon", "mlp_ratio": 1, "eta": 0.4, "batch_size": 64, "warmup": 20, "shift": 0,
@@ -95,7 +95,8 @@ def experiment(path, processes, quick=False):
         {"arm": arm, **COMMON, **options, "depth": depth, "lr": lr, "adam_lr": lr, **size}
         for depth in depths for lr in rates for arm, options in ARMS.items()
     ]  # fmt: skip
-    tuned = common.run_all(path.with_name("depth_tuning.csv"), jobs, processes)
+    tuning = [{**job, "tuning": True} for job in jobs]
+    tuned = common.run_all(path.with_name("depth_tuning.csv"), tuning, processes)
     chosen = [j for j in jobs if str(j["lr"]) == common.best_row(tuned, j, ("arm", "depth"))["lr"]]
     seeds = SEEDS[:1] if quick else SEEDS
     common.run_all(path, [{**job, "seed": seed} for seed in seeds for job in chosen], processes)

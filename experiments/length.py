@@ -1,11 +1,12 @@
 """Accuracy and time against the number of tokens: MNIST in patches of 14, 7, 4, 2 and 1 pixels.
 
-    python experiments/length.py [--processes 2] [--quick]
+    python experiments/length.py [--processes 2] [--long] [--quick]
 
 N = 4 to 784 tokens of one image; four layers of width 32, batches of 32, one epoch, for every arm.
 The rate of each arm and length is the one of RATES with the best validation accuracy after TUNING
 steps (seed 100, length_tuning.csv); then come SEEDS runs, and only their test set counts:
 length.csv.  At N = 784 softmax, quadratic in N, has one seed, at the rate that was best at N = 196.
+--long: OSA in preset "pixels" with the options LONG, for 16, 49 and 196 tokens: length_long.csv.
 """
 
 import common
@@ -17,8 +18,9 @@ ARMS = {
     "ViT: softmax, skips, LayerNorm": {"attention": "softmax", "skip": "add", "norm": True},
 }
 PATCHES = (14, 7, 4, 2, 1)
-RATES, TUNING, SEEDS = (0.003, 0.01, 0.03), 250, 3
+RATES, TUNING, SEEDS = (0.003, 0.01, 0.03, 0.1), 250, 3
 COMMON = {"width": 32, "batch_size": 32, "s_norm": 1.0, "adam_lr": 0.003, "epochs": 1}
+LONG = {"preset": "pixels", "width": 64, "heads": 4, "epochs": 8, "seed": 0}
 
 
 def experiment(path, processes, quick=False):
@@ -79,8 +81,13 @@ def draw(path):
 
 
 def main():
-    args = common.arguments(__doc__)
+    args = common.arguments(__doc__, long="OSA for eight epochs")
     path = args.folder / "length.csv"
+    if args.long:
+        size = {"limit_data": 500, "every": 20, "steps": 3} if args.quick else {}
+        jobs = [LONG | {"patch": patch} | size for patch in (2, 4, 7)]  # the slowest first
+        common.run_all(path.with_name("length_long.csv"), jobs, args.processes)
+        return
     if not args.draw:
         experiment(path, args.processes, args.quick)
     draw(path)

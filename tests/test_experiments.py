@@ -33,6 +33,12 @@ def test_the_quick_form_runs_and_draws(name):
         assert (QUICK / (name + suffix)).stat().st_size > 200
 
 
+def test_the_long_form_of_length_trains_at_every_length():
+    quick("length", "length_long", "--long")
+    rows = (QUICK / "length_long.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 4
+
+
 def test_the_long_form_of_depth_tunes_each_arm_and_trains():
     quick("depth", "depth_all", "--long")
     for name in ("depth_all_tuning.csv", "depth_all.csv"):
