@@ -89,20 +89,20 @@ def paper(Q, K, V, dO, alpha):
 def floor(Q, K, V, dO):
     """The gram route's products with N in them and nothing else: at the rate of this BLAS for these
     shapes, operands and results in place, shared among the threads as `osa_forward` does."""
-    F, r = np.concatenate([Q, K, V], axis=-1), 2 * Q.shape[-1]
-    P, m = F[..., :r], V.shape[-1]
-    b, N, w = F.shape
-    FdO, small = np.concatenate([F, dO], axis=-1), np.ones((b, w + m, w), np.float32)
+    QKV, r = np.concatenate([Q, K, V], axis=-1), 2 * Q.shape[-1]
+    P, m = QKV[..., :r], V.shape[-1]
+    b, N, w = QKV.shape
+    QKVdO, small = np.concatenate([QKV, dO], axis=-1), np.ones((b, w + m, w), np.float32)
     M, g = np.empty((b, r, w), np.float32), np.empty((b, r, m), np.float32)
-    O, dF = np.empty_like(dO), np.empty_like(F)
+    O, dQKV = np.empty_like(dO), np.empty_like(QKV)
 
     def products(p):
-        np.matmul(P[p].swapaxes(-1, -2), F[p], out=M[p])  # [PᵀP, PᵀV]
-        np.matmul(F[p], small[p, :w, :m], out=O[p])  # [P, V] [sJy; I]
+        np.matmul(P[p].swapaxes(-1, -2), QKV[p], out=M[p])  # [PᵀP, PᵀV]
+        np.matmul(QKV[p], small[p, :w, :m], out=O[p])  # [P, V] [sJy; I]
         np.matmul(P[p].swapaxes(-1, -2), dO[p], out=g[p])  # PᵀdO
-        np.matmul(FdO[p], small[p], out=dF[p])  # [P, V, dO] X
+        np.matmul(QKVdO[p], small[p], out=dQKV[p])  # [P, V, dO] X
 
-    return lambda: parallel(products, batch_parts(F))
+    return lambda: parallel(products, batch_parts(QKV))
 
 
 def operations(b, N, d_v):

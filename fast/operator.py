@@ -1,8 +1,8 @@
 """Orthogonal Self-Attention for any input at full speed: five routes to O = exp(S) V, and a choice.
 
 The equations are those of `osa_minimal`; here it is decided in which way each input is computed.
-[Q, K, V] is one packed array F, the batch goes in parts to several threads, and what a route could
-not do right is found out before and given to another.
+[Q, K, V] is one packed array, QKV; the batch goes in parts to several threads, and what a route
+could not do right is found out before and given to another.
 """
 
 import contextlib
@@ -51,13 +51,13 @@ def osa_forward(Q, K, V, alpha, route="auto"):
     """
     Q, K, V, s = _checked(Q, K, V, alpha)
     # One array for [Q, K, V], so that PᵀP and PᵀV are one matrix product.
-    F = array_module(Q).empty((*Q.shape[:-1], 2 * Q.shape[-1] + V.shape[-1]), Q.dtype)
+    QKV = array_module(Q).empty((*Q.shape[:-1], 2 * Q.shape[-1] + V.shape[-1]), Q.dtype)
 
     def pack(part):
-        array_module(F).concatenate([Q[part], K[part], V[part]], axis=-1, out=F[part])
+        array_module(QKV).concatenate([Q[part], K[part], V[part]], axis=-1, out=QKV[part])
 
-    parallel(pack, batch_parts(F))
-    O, saved = forward_packed(F, s, Q.shape[-1], route)
+    parallel(pack, batch_parts(QKV))
+    O, saved = forward_packed(QKV, s, Q.shape[-1], route)
     return O, (alpha, V, saved)
 
 
@@ -72,10 +72,10 @@ def osa_backward(dO, saved):
     if dO.shape != V.shape or dO.dtype != V.dtype:
         raise ValueError(f"dO must be {V.dtype} {V.shape} like O, got {dO.dtype} {dO.shape}")
     _check_finite("dO", dO)
-    dF, ds = backward_packed(dO, packed)
-    d_v = (dF.shape[-1] - V.shape[-1]) // 2
+    dQKV, ds = backward_packed(dO, packed)
+    d_v = (dQKV.shape[-1] - V.shape[-1]) // 2
     dalpha = ag.unbroadcast(ds / math.sqrt(d_v), getattr(alpha, "shape", ()))
-    return dF[..., :d_v], dF[..., d_v : 2 * d_v], dF[..., 2 * d_v :], dalpha
+    return dQKV[..., :d_v], dQKV[..., d_v : 2 * d_v], dQKV[..., 2 * d_v :], dalpha
 
 
 def attention_matrix(Q, K, alpha, route="auto"):
@@ -89,83 +89,83 @@ def attention_matrix(Q, K, alpha, route="auto"):
 class MultiHeadOSA(osa_minimal.MultiHeadOSA):
     """The paper's layer with this operator."""
 
-    def attend(self, F):
-        return osa_packed(F, self.parameters["alpha"])
+    def attend(self, QKV):
+        return osa_packed(QKV, self.parameters["alpha"])
 
 
-def _osa_packed(F, alpha):
-    if F.ndim < 2 or F.shape[-1] % 3 or not F.size or alpha.shape[-2:] not in ((), (1, 1)):
-        wanted = "F = [Q, K, V] must be (..., N, 3 d_v), not empty, and alpha (..., 1, 1)"
-        raise ValueError(f"{wanted}, got {F.shape} and {alpha.shape}")
-    d_v = F.shape[-1] // 3
+def _osa_packed(QKV, alpha):
+    if QKV.ndim < 2 or QKV.shape[-1] % 3 or not QKV.size or alpha.shape[-2:] not in ((), (1, 1)):
+        wanted = "QKV = [Q, K, V] must be (..., N, 3 d_v), not empty, and alpha (..., 1, 1)"
+        raise ValueError(f"{wanted}, got {QKV.shape} and {alpha.shape}")
+    d_v = QKV.shape[-1] // 3
     s = (alpha if alpha.ndim else alpha.reshape(1, 1)) / math.sqrt(d_v)
-    O, saved = forward_packed(F, s, d_v)
+    O, saved = forward_packed(QKV, s, d_v)
     return O, (alpha.shape, d_v, saved)
 
 
 def _osa_packed_backward(dO, saved):
     alpha_shape, d_v, packed = saved
-    dF, ds = backward_packed(dO, packed)
-    return dF, ag.unbroadcast(ds / math.sqrt(d_v), alpha_shape)
+    dQKV, ds = backward_packed(dO, packed)
+    return dQKV, ag.unbroadcast(ds / math.sqrt(d_v), alpha_shape)
 
 
-# F = [Q, K, V] (B, h, N, 3 d_v) and alpha (h, 1, 1) -> O (B, h, N, d_v) in the autograd graph.
+# QKV = [Q, K, V] (B, h, N, 3 d_v) and alpha (h, 1, 1) -> O (B, h, N, d_v) in the autograd graph.
 osa_packed = ag.operator(_osa_packed, _osa_packed_backward)
 
 
 # ------------------------------------------------------------------------------ the packed operator
 
 
-def forward_packed(F, s, d_v, route="auto"):
-    """`osa_forward` on F = [Q, K, V] (..., N, 2 d_v + m) and s = α/√d_v (..., 1, 1), unchecked."""
+def forward_packed(QKV, s, d_v, route="auto"):
+    """`osa_forward` on [Q, K, V] (..., N, 2 d_v + m) and s = α/√d_v (..., 1, 1), unchecked."""
     if route not in ROUTES:
         raise ValueError(f"route must be one of {', '.join(ROUTES)}, got {route!r}")
-    xp = array_module(F)
+    xp = array_module(QKV)
     if xp is not np:
-        F = xp.ascontiguousarray(F)  # cuBLAS wants one stride from matrix to matrix
-    O = xp.empty_like(F[..., 2 * d_v :])
+        QKV = xp.ascontiguousarray(QKV)  # cuBLAS wants one stride from matrix to matrix
+    O = xp.empty_like(QKV[..., 2 * d_v :])
 
     def forward_part(part):
-        s_part = s[part] if s.ndim == F.ndim and len(s) > 1 else s
-        with _overflow_or_nan(F[part], s):
-            O[part], backward = _forward(F[part], s_part, d_v, route)
+        s_part = s[part] if s.ndim == QKV.ndim and len(s) > 1 else s
+        with _overflow_or_nan(QKV[part], s):
+            O[part], backward = _forward(QKV[part], s_part, d_v, route)
         return backward
 
-    parts = batch_parts(F)
-    return O, (F, parts, parallel(forward_part, parts))
+    parts = batch_parts(QKV)
+    return O, (QKV, parts, parallel(forward_part, parts))
 
 
 def backward_packed(dO, saved):
-    """dF (..., N, 2 d_v + m) and ds (..., 1, 1) for the gradient dO (..., N, m), unchecked."""
-    F, parts, backwards = saved
-    xp = array_module(F)
+    """dQKV (..., N, 2 d_v + m) and ds (..., 1, 1) for the gradient dO (..., N, m), unchecked."""
+    QKV, parts, backwards = saved
+    xp = array_module(QKV)
     if xp is not np:
         dO = xp.ascontiguousarray(dO)
-    dF, ds = xp.empty_like(F), xp.empty((*F.shape[:-2], 1, 1), F.dtype)
+    dQKV, ds = xp.empty_like(QKV), xp.empty((*QKV.shape[:-2], 1, 1), QKV.dtype)
 
     def backward_part(part, backward):
-        with _overflow_or_nan(F[part], dO[part]):
-            backward(dO[part], dF[part], ds[part])
+        with _overflow_or_nan(QKV[part], dO[part]):
+            backward(dO[part], dQKV[part], ds[part])
 
     parallel(backward_part, parts, backwards)
-    return dF, ds
+    return dQKV, ds
 
 
-def _forward(F, s, d_v, route):
-    """O of one part of the batch, and its backward(dO, dF, ds), which fills dF and ds.
+def _forward(QKV, s, d_v, route):
+    """O of one part of the batch, and its backward(dO, dQKV, ds), which fills dQKV and ds.
 
     The gram route if it is asked for or harmless, else Theorem 2.1 with a basis B, or B = I.
     """
-    xp, N, P = array_module(F), F.shape[-2], F[..., : 2 * d_v]
+    xp, N, P = array_module(QKV), QKV.shape[-2], QKV[..., : 2 * d_v]
     if route == "auto" and xp is not np:
         route = "products"
     tall = N > 2 * d_v
     if route == "gram" or (route == "auto" and tall):
-        result = _try_gram(F, s, d_v, route)
+        result = _try_gram(QKV, s, d_v, route)
         if result:
             return result
     B = R = None  # B = I
-    if route in ("auto", "products") and F.dtype == np.float32 and double_is_fast(xp):
+    if route in ("auto", "products") and QKV.dtype == np.float32 and double_is_fast(xp):
         if not tall:
             R = P.astype(np.float64)
         else:
@@ -179,21 +179,21 @@ def _forward(F, s, d_v, route):
         B = orthonormal_basis(unit_columns(P), "newton_schulz")
     elif tall and route in ("auto", "qr"):
         B = orthonormal_basis(P)
-    return _by_basis(F, B, R, s, d_v, route)
+    return _by_basis(QKV, B, R, s, d_v, route)
 
 
 # ---------------------------------------------------------------------------------- without a basis
 
 
-def _try_gram(F, s, d_v, route):
+def _try_gram(QKV, s, d_v, route):
     """`_by_gram` if it was asked for or is accurate enough, else None; for float32 tokens a second
     try has all that comes of G in float64, where the squares of float32 are exact."""
-    xp, r = array_module(F), 2 * d_v
-    for dtype, limit in ((F.dtype, GRAM_LIMIT), (np.float64, GRAM_LIMIT_64)):
-        X = F.astype(dtype, copy=False)
+    xp, r = array_module(QKV), 2 * d_v
+    for dtype, limit in ((QKV.dtype, GRAM_LIMIT), (np.float64, GRAM_LIMIT_64)):
+        X = QKV.astype(dtype, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is given to a basis
             M = tall_product(X[..., :r], X)  # (r, N) x (N, r + m) -> [G, PᵀV]
-            error, rho = _gram_norms(F[..., :r], M[..., :r], s, d_v)
+            error, rho = _gram_norms(QKV[..., :r], M[..., :r], s, d_v)
             safe = (error <= limit * xp.maximum(rho, 1)).all() & xp.isfinite(M).all()
         if route == "gram" or safe:
             break
@@ -205,7 +205,7 @@ def _try_gram(F, s, d_v, route):
     if route == "auto" and rho > RHO_MAX:
         return None
     try:
-        return _by_gram(F, M, s, d_v, rho)
+        return _by_gram(QKV, M, s, d_v, rho)
     except FloatingPointError:  # Q and K of sizes whose squares overflow
         if route == "gram":
             raise
@@ -239,38 +239,38 @@ def _gram_norms(P, G, s, d_v):
     return error, xp.sqrt(xp.maximum(rho2, 0))
 
 
-def _by_gram(F, M, s, d_v, rho):
+def _by_gram(QKV, M, s, d_v, rho):
     """O = V + P sJ y with y = φ₁(Z) W, Z = sGJ, G = PᵀP, W = PᵀV, and its backward.
 
     For g = PᵀdO and h = sJᵀg the series gives W̄ = φ₁(Zᵀ)h and Z̄; then Ḡ = s Z̄Jᵀ and
         dP = P (Ḡ + Ḡᵀ) + V W̄ᵀ + dO (sJy)ᵀ,   dV = P W̄ + dO,   ds = ⟨g, Jy⟩ + ⟨Z̄Jᵀ, G⟩.
     """
-    r, xp = 2 * d_v, array_module(F)
-    G, W, width, m = M[..., :r], M[..., r:], F.shape[-1], F.shape[-1] - r
+    r, xp = 2 * d_v, array_module(QKV)
+    G, W, width, m = M[..., :r], M[..., r:], QKV.shape[-1], QKV.shape[-1] - r
     with np.errstate(over="ignore", invalid="ignore"):
         Z = s * _times_J(G)
         small = Chebyshev(Z, W, sharper_bound(Z, rho), phi1)
         Jy = _J_times(small.value)
         sJy = s * Jy
     # One product, [P, V] [sJy; I]: adding V is a pass over memory otherwise.
-    X = xp.empty((*F.shape[:-2], width, m), M.dtype)
+    X = xp.empty((*QKV.shape[:-2], width, m), M.dtype)
     X[..., :r, :], X[..., r:, :] = sJy, xp.eye(m, dtype=M.dtype)
     _refuse_overflow("Q, K and V", Jy, sJy)
 
-    def backward(dO, dF, ds):
-        X = xp.zeros((*F.shape[:-2], width + m, width), M.dtype)
+    def backward(dO, dQKV, ds):
+        X = xp.zeros((*QKV.shape[:-2], width + m, width), M.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            g = tall_product(F[..., :r], dO.astype(M.dtype, copy=False))  # (r, N) x (N, m)
+            g = tall_product(QKV[..., :r], dO.astype(M.dtype, copy=False))  # (r, N) x (N, m)
             Wbar, Zbar = small.adjoint(-s * _J_times(g))
             E = -_times_J(Zbar)  # Ḡ/s
             ds[...] = inner(g, Jy) + inner(E, G)
             X[..., :r, :r], X[..., :r, r:] = s * (E + T(E)), Wbar
             X[..., r:width, :r] = T(Wbar)
             X[..., width:, :r], X[..., width:, r:] = T(s * Jy), xp.eye(m, dtype=M.dtype)
-            _rows_times((F, dO), X, dF)  # [dP, dV] = [P, V, dO] X
-        _refuse_overflow("Q, K, V and dO", X, ds, *([dF] if M.dtype != F.dtype else []))
+            _rows_times((QKV, dO), X, dQKV)  # [dP, dV] = [P, V, dO] X
+        _refuse_overflow("Q, K, V and dO", X, ds, *([dQKV] if M.dtype != QKV.dtype else []))
 
-    return product(F, X), backward
+    return product(QKV, X), backward
 
 
 def _J_times(M):
@@ -297,7 +297,7 @@ def _rows_times(parts, X, out):
 # ------------------------------------------------------------------------------------- with a basis
 
 
-def _by_basis(F, B, R, s, d_v, route):
+def _by_basis(QKV, B, R, s, d_v, route):
     """O = V + B (exp(S_B) − I) b with S_B = BᵀSB = s R J Rᵀ, R = BᵀP, b = BᵀV, and its backward.
 
     B = None stands for I; R = None is computed here, in one product with b.  Backward as in
@@ -305,42 +305,42 @@ def _by_basis(F, B, R, s, d_v, route):
         H = B (L_B − L_Bᵀ) + (dO − B g) uᵀ − (V − B b) wᵀ,
         dP = −s H R J,   dV = dO + B (exp(S_B)ᵀ − I) g,   ds = ⟨L_B, R J Rᵀ⟩.
     """
-    r, xp, V = 2 * d_v, array_module(F), F[..., 2 * d_v :]
+    r, xp, V = 2 * d_v, array_module(QKV), QKV[..., 2 * d_v :]
     if R is not None:
         b = V if B is None else tall_product(B, V)
     else:
-        BtF = F if B is None else tall_product(B, F)  # (k, N) x (N, r + m) -> [R, b]
-        R, b = BtF[..., :r], BtF[..., r:]
+        BtQKV = QKV if B is None else tall_product(B, QKV)  # (k, N) x (N, r + m) -> [R, b]
+        R, b = BtQKV[..., :r], BtQKV[..., r:]
     with np.errstate(over="ignore", invalid="ignore"):
         RJRt = _RJRt(R)
-        S = (s * RJRt).astype(F.dtype)  # S_B = BᵀSB; R in float64 keeps what cancels in it
-        R, RJRt = R.astype(F.dtype, copy=False), RJRt.astype(F.dtype, copy=False)
+        S = (s * RJRt).astype(QKV.dtype)  # S_B = BᵀSB; R in float64 keeps what cancels in it
+        R, RJRt = R.astype(QKV.dtype, copy=False), RJRt.astype(QKV.dtype, copy=False)
         small = Products(S, b) if route == "products" else _small_exponential(S, b, route)
     O = small.value if B is None else V + product(B, small.value - b)
 
-    def backward(dO, dF, ds):
-        k, m, width = S.shape[-1], dO.shape[-1], F.shape[-1]
+    def backward(dO, dQKV, ds):
+        k, m, width = S.shape[-1], dO.shape[-1], QKV.shape[-1]
         minus_sRJ = -s * _times_J(R)  # s first: it may keep the rest from overflowing
         with np.errstate(over="ignore", invalid="ignore"):
             g = dO if B is None else tall_product(B, dO)
             expSt_g, L_B = small.adjoint(g)
             ds[...] = inner(L_B, RJRt)
             if B is None:
-                dF[..., :r], dF[..., r:] = product(L_B - T(L_B), minus_sRJ), expSt_g
+                dQKV[..., :r], dQKV[..., r:] = product(L_B - T(L_B), minus_sRJ), expSt_g
             else:
                 # φ₁(−S_B) = φ₁(S_B) exp(−S_B) makes u and w one product.
                 uw = small.phi1(xp.concatenate([b, expSt_g], axis=-1))
                 ut, wt = T(uw[..., :m]), T(uw[..., m:])
                 # [dP, dV] = [B, V, dO] X
-                X = xp.zeros((*F.shape[:-2], k + 2 * m, width), F.dtype)
+                X = xp.zeros((*QKV.shape[:-2], k + 2 * m, width), QKV.dtype)
                 X[..., :k, :r] = product(L_B - T(L_B) - product(g, ut) + product(b, wt), minus_sRJ)
                 X[..., :k, r:] = expSt_g - g
                 X[..., k : k + m, :r] = -product(wt, minus_sRJ)
                 X[..., k + m :, :r] = product(ut, minus_sRJ)
-                X[..., k + m :, r:] = xp.eye(m, dtype=F.dtype)
-                _rows_times((B, V, dO), X, dF)
+                X[..., k + m :, r:] = xp.eye(m, dtype=QKV.dtype)
+                _rows_times((B, V, dO), X, dQKV)
         if route != "products":  # which goes on with NaN
-            _refuse_overflow("Q, K, V and dO", ds, dF)
+            _refuse_overflow("Q, K, V and dO", ds, dQKV)
 
     return O, backward
 

@@ -201,19 +201,19 @@ class Products:
             self.X = S * xp.where(k <= SQUARINGS, xp.exp2(-k), math.nan)
         more = k > xp.arange(SQUARINGS, dtype=S.dtype).reshape(-1, *(1,) * k.ndim)
         E = _polynomial(self.X, 0)
-        self.F = xp.empty((SQUARINGS, *S.shape), S.dtype)
-        self.F[...] = xp.eye(S.shape[-1], dtype=S.dtype)
-        for F, due in zip(self.F, more):  # F_i = exp(2ⁱX), or I where no squaring is due any more
-            xp.copyto(F, E, where=due)
-            E = product(E, F)
+        self.exps = xp.empty((SQUARINGS, *S.shape), S.dtype)
+        self.exps[...] = xp.eye(S.shape[-1], dtype=S.dtype)
+        for exp, due in zip(self.exps, more):  # exp(2ⁱX), or I where no squaring is due any more
+            xp.copyto(exp, E, where=due)
+            E = product(E, exp)
         self.matrix = E
         self.value = product(E, W)
 
     def phi1(self, W):
         """φ₁(S) W."""
         W = product(_polynomial(self.X, 1), W)
-        for F in (self.F + array_module(W).eye(W.shape[-2], dtype=W.dtype)) / 2:
-            W = product(F, W)
+        for mean in (self.exps + array_module(W).eye(W.shape[-2], dtype=W.dtype)) / 2:
+            W = product(mean, W)
         return W
 
     def adjoint(self, G):
@@ -224,10 +224,10 @@ class Products:
         D[..., :n, n:] = product(G, T(self.W))
         # L(X, E) is the upper right quarter of exp([[X, E], [0, X]]).
         L = _polynomial(D, 0)[..., :n, n:]
-        # From L(X, E) to L(S, E).  [½F, L] [L; ½F] is one product where ½F stands on the diagonal
-        # and L in that quarter; where no doubling is due F = I, and ½L + ½L = L.
+        # From L(X, E) to L(S, E).  With half of e = exp(2ⁱX)ᵀ on the diagonal and L in the quarter
+        # [½e, L] [L; ½e] is one product; where no doubling is due e = I, and ½L + ½L = L.
         D = xp.empty((SQUARINGS + 1, *D.shape), X.dtype)
-        D[:-1, ..., :n, :n] = D[:-1, ..., n:, n:] = T(self.F) / 2
+        D[:-1, ..., :n, :n] = D[:-1, ..., n:, n:] = T(self.exps) / 2
         D[0, ..., :n, n:] = L
         for i in range(SQUARINGS):
             product(D[i, ..., :n, :], D[i, ..., n:], out=D[i + 1, ..., :n, n:])

@@ -305,16 +305,16 @@ def test_Q_and_K_of_different_width_are_refused_by_name():
 
 @pytest.mark.parametrize("N", [5, 40])
 def test_a_packed_layer_takes_numbers_and_names_nan_and_wrong_shapes(N, rng):
-    F = rng.standard_normal((2, 3, N, 12)) / 4
-    Q, K, V = np.split(F, 3, axis=-1)
+    QKV = rng.standard_normal((2, 3, N, 12)) / 4
+    Q, K, V = np.split(QKV, 3, axis=-1)
     O = fast.osa_forward(Q, K, V, np.int64(1))[0]
-    close(fast.operator.osa_packed(F, 1).data, O, 100 * np.finfo(float).eps)
-    for bad, alpha in ((F[..., 1:], 1), (F[0, 0, 0], 1), (F, np.ones(3))):
+    close(fast.operator.osa_packed(QKV, 1).data, O, 100 * np.finfo(float).eps)
+    for bad, alpha in ((QKV[..., 1:], 1), (QKV[0, 0, 0], 1), (QKV, np.ones(3))):
         with pytest.raises(ValueError, match=r"be \(..., N, 3 d_v\), .* \(..., 1, 1\), got \("):
             fast.operator.osa_packed(bad, alpha)
-    F[0, 0, 0, 0] = np.nan
+    QKV[0, 0, 0, 0] = np.nan
     with pytest.raises(FloatingPointError, match="holds NaN or Inf"):
-        fast.operator.osa_packed(F, 1)
+        fast.operator.osa_packed(QKV, 1)
     with pytest.raises(TypeError, match="K must be a NumPy or CuPy array, got Tensor"):
         fast.osa_forward(O, ag.Tensor(O), O, 1)
 

@@ -40,9 +40,9 @@ lengths = st.integers(1, 5)
 @given(seeds, batches, lengths, lengths, dtypes)
 def test_softmax_attention_and_its_gradient_are_the_formula(rng, batch, N, d, dtype):
     Q, K, V, dO = numbers(rng, dtype, *[(*batch, N, d)] * 4, odd=())
-    F = laid_out(np.concatenate([Q, K, V], axis=-1), rng.choice(LAYOUTS))
-    result = attempt(with_gradients(softmax_attention), dO, F)
-    if not F.size:
+    QKV = laid_out(np.concatenate([Q, K, V], axis=-1), rng.choice(LAYOUTS))
+    result = attempt(with_gradients(softmax_attention), dO, QKV)
+    if not QKV.size:
         assert isinstance(result, ValueError) or not result[0].size
         return
     Q, K, V, dO = (a.astype(float) for a in (Q, K, V, dO))

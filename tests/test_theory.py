@@ -38,9 +38,9 @@ def layer(kind, heads, s_norm, seed=0):
     rng = np.random.default_rng(seed)
     X = tokens(kind, rng)
     attention = osa.MultiHeadOSA(d, heads, rng, dtype=np.float64)
-    F = attention.project(Tensor(X[None])).data
+    QKV = attention.project(Tensor(X[None])).data
     d_v = d // heads
-    Q, K = F[..., :d_v], F[..., d_v : 2 * d_v]
+    Q, K = QKV[..., :d_v], QKV[..., d_v : 2 * d_v]
     attention.parameters["alpha"].data = osa.calibrate_alpha(Q, K, s_norm)
     return attention, X
 
