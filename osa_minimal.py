@@ -99,7 +99,7 @@ def orthonormal_basis(M, method="qr"):
     """B with orthonormal columns whose span contains that of M (..., N, 2 d_v), N > 2 d_v.
 
     "qr": reduced QR.  "newton_schulz": B ← ½ B (3I − BᵀB) from M scaled to columns of norm r^−½.
-    Small singular values grow by 1.5 a step, in 50 (float64: 100) all but rounding errors.
+    Small singular values grow by 1.5 a step, in 50 (float64: 100) to 1, but not those of lost rank.
     """
     if method == "qr":
         return array_module(M).linalg.qr(M)[0]
