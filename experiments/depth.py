@@ -9,8 +9,8 @@ only their test set counts.  depth_factors.csv: 128 layers of OSA on 4 tokens, w
 changed at a time.
 --long: all images.  128 layers of each arm, ALL, at the pair of ALL_RATES (of the matrices; of
 biases, embedding and read-out) with the best validation accuracy after ALL_TUNING steps (seed 100,
-depth_all_tuning.csv), then the SEEDS: depth_all.csv.  OSA, WIDE, at OSA's rates, one seed:
-depth_wide.csv.  And 1,000 layers: depth_long.csv.
+depth_all_tuning.csv), then the SEEDS: depth_all.csv; MORE of OSA at the same rates, one seed:
+depth_more.csv.  And 1,000 layers: depth_long.csv.
 """
 
 import csv
@@ -65,7 +65,10 @@ ALL_RATES = (
     (0.0003, 0.001), (0.001, 0.001), (0.001, 0.003), (0.003, 0.003), (0.01, 0.01), (0.03, 0.01),
 )  # fmt: skip
 ALL_TUNING = 100
-WIDE = {"attention": "osa", "mlp_ratio": 4, "tied": True, "lr": 0.001, "adam_lr": 0.001}
+MORE = {
+    "OSA, MLP ratio 4, W_2 = W_1ᵀR": {"mlp_ratio": 4, "tied": True},
+    "OSA, six epochs": {"epochs": 6},
+}
 LONG = (
     "--depth 1000 --patch 14 --epochs 1 --eta 0.6 --lr 0.0002 --batch-size 64 --adam-lr 0.0005 "
     "--s-norm 0.01 --warmup 20 --mlp-ratio 1 --shift 0 --log-every 25 --threads 1"
@@ -109,7 +112,7 @@ def experiment(path, processes, quick=False):
 
 
 def all_images(path, processes, quick=False):
-    """128 layers of each arm: the rates, then the seeds; then with wide MLPs."""
+    """128 layers of each arm: the rates, then the seeds; then MORE of OSA."""
     size = {"depth": 4, "limit_data": 500, "every": 20, "steps": 4} if quick else {}
     jobs = [
         {"arm": arm, **ALL, **options, "lr": lr, "adam_lr": adam_lr, "seed": 100,
@@ -124,8 +127,8 @@ def all_images(path, processes, quick=False):
         final += [{"arm": arm, **ALL, **options, **rates, **size, "seed": seed} for seed in SEEDS]
     final.sort(key=lambda job: job["seed"])
     common.run_all(path, final[: 2 if quick else None], processes)
-    wide = [{"arm": "OSA, MLP ratio 4, W_2 = W_1ᵀR", **ALL, **WIDE, **size, "seed": SEEDS[0]}]
-    common.run_all(path.with_name("depth_wide.csv"), wide, processes, train_tied)
+    more = [{**final[0], "arm": arm, **change} for arm, change in MORE.items()]
+    common.run_all(path.with_name("depth_more.csv"), more, processes, train_tied)
 
 
 def thousand(folder):
