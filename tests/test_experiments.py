@@ -57,7 +57,7 @@ def test_the_comparison_trains_on_the_images_of_another_folder():
     assert len(rows) > 2 and all(",data/mnist.npz," in row for row in rows[1:])
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mnist"])
+@pytest.mark.parametrize("name", [*NAMES, "mnist", "fashion"])
 def test_the_figure_is_drawn_from_committed_results(name, tmp_path):
     """In a copy, so that the committed figure stays as it is."""
     folder = tmp_path / "experiments"
@@ -65,7 +65,8 @@ def test_the_figure_is_drawn_from_committed_results(name, tmp_path):
     for file in [*(ROOT / "experiments").glob("*.py"), *(ROOT / "experiments/results").glob("*.*")]:
         if file.suffix != ".png":
             (folder / file.relative_to(ROOT / "experiments")).write_bytes(file.read_bytes())
-    done = run(str(folder / f"{name}.py"), "--draw")
+    script, *options = ("comparison", "--fashion") if name == "fashion" else (name,)
+    done = run(str(folder / f"{script}.py"), *options, "--draw")
     assert done.returncode == 0, done.stderr
     assert (folder / "results" / f"{name}.png").stat().st_size > 10_000
     pages = [(ROOT / p).read_text(encoding="utf-8") for p in ("relatives/README.md", "RESULTS.md")]
