@@ -141,18 +141,20 @@ def test_a_graph_of_the_step_trains_as_its_kernels_do(run, small, recordable):
         if t in (1, 7):  # weights from elsewhere, before the recording and after
             for trained in (run, graph):
                 trained.parameters["W_C"].data[...] *= 0.9
+        graph.weights[...] = run.weights  # else a leaky ReLU's kink may make 1e-4 of 1e-7
         wanted, before = run.step(t), refusing.operations["count"]
         results = graph.step(t)
         if run.xp is refusing and t in (4, 5, 6):
             assert refusing.operations["count"] - before < 12  # launches
         # The same kernels; t and the rate are rounded to float32 in the graph alone.
         for a, b in zip(results, wanted):
-            assert float(a) == pytest.approx(float(b), rel=2e-5)
+            assert float(a) == pytest.approx(float(b), rel=2e-6)
+        for name, p in run.parameters.items():
+            most = 1e-6 * max(1, float(abs(p.data).max()))
+            close(graph.parameters[name].data, p.data.get(), most)
         kept.append((results, [float(a) for a in results]))
     for results, numbers in kept:  # not overwritten by the next replay
         assert [float(a) for a in results] == numbers
-    for name, p in run.parameters.items():
-        close(graph.parameters[name].data, p.data.get(), 1e-5 * max(1, float(abs(p.data).max())))
 
 
 def test_a_graph_goes_on_after_an_error_as_if_nothing_had_been(recordable):
