@@ -18,41 +18,37 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def quick(name, results, *options):
+def quick(results, *command):
     """Runs the quick form; finished jobs are not repeated, so the old `results` go first."""
     for old in QUICK.glob(f"{results}*"):
         old.unlink()
-    done = run(f"experiments/{name}.py", "--quick", *options)
+    done = run(*command, "--quick")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_quick_form_runs_and_draws(name):
-    quick(name, name)
+    quick(name, f"experiments/{name}.py")
     for suffix in (".csv", ".png"):
         assert (QUICK / (name + suffix)).stat().st_size > 200
 
 
 def test_the_long_form_of_length_trains_at_every_length():
-    quick("length", "length_long", "--long")
+    quick("length_long", "experiments/length.py", "--long")
     rows = (QUICK / "length_long.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 4
 
 
 def test_the_long_form_of_depth_tunes_each_arm_and_trains():
-    quick("depth", "depth_all", "--long")
+    quick("depth_all", "experiments/depth.py", "--long")
     for name in ("depth_all_tuning.csv", "depth_all.csv"):
         assert len((QUICK / name).read_text(encoding="utf-8").splitlines()) > 2
 
 
 def test_the_comparison_trains_on_the_images_of_another_folder():
     """The bundled ones stand in for Fashion-MNIST's."""
-    for old in QUICK.glob("fashion*"):
-        old.unlink()
     code = "import comparison; comparison.FASHION = 'data/mnist.npz'; comparison.main()"
-    code = f"import sys; sys.path.insert(0, 'experiments'); {code}"
-    done = run("-c", code, "--quick", "--fashion")
-    assert done.returncode == 0, done.stderr
+    quick("fashion", "-c", f"import sys; sys.path.insert(0, 'experiments'); {code}", "--fashion")
     rows = (QUICK / "fashion.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) > 2 and all(",data/mnist.npz," in row for row in rows[1:])
 
