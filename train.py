@@ -72,7 +72,7 @@ class Config:
 PRESETS = {
     "mnist": {},
     "tiny": {"depth": 2, "epochs": 10, "limit_data": 1000, "batch_size": 50, "warmup": 20},
-    "pixels": {"width": 32, "patch": 1, "epochs": 1, "batch_size": 32, "s_norm": 1.0},
+    "pixels": {"width": 32, "heads": 4, "patch": 1, "epochs": 1, "batch_size": 32, "s_norm": 1.0},
 }  # fmt: skip
 
 
