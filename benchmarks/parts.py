@@ -75,7 +75,7 @@ def main():
     args = parser.parse_args()
     keep_freed_memory()
     results = {f"operator {shape}": operator(shape, args.repeats) for shape in SHAPES}
-    for name, arguments in (("mnist", []), ("pixels", ["--preset", "pixels"])):
+    for name, arguments in (("mnist", []), ("pixels", ["--preset", "pixels", "--heads", "2"])):
         results[f"step, {name}"] = step(arguments, args.repeats)
     results["about"] = machine()
     text = json.dumps(results, indent=1, ensure_ascii=False)

@@ -2,7 +2,7 @@
 
     python experiments/ablation.py [--processes 2] [--quick]
 
-Preset "pixels" in patches of 2 x 2 (N = 196, four layers of width 32), STEPS steps of 32 images,
+Preset "pixels" in patches of 2 x 2 with two heads (N = 196, width 32), STEPS steps of 32 images,
 three seeds: as it is, then with one part taken back or one added (CHANGES), at the same rates:
 ablation.csv.
 """
@@ -13,7 +13,7 @@ from unittest.mock import patch
 import common
 
 STEPS, SEEDS = 250, 3
-BASE = {"preset": "pixels", "patch": 2, "depth": 4, "s_norm": 1.0, "steps": STEPS}
+BASE = {"preset": "pixels", "patch": 2, "depth": 4, "heads": 2, "s_norm": 1.0, "steps": STEPS}
 CHANGES = {
     "as it is": {},
     "b_E Gaussian, 0.1, for the cosines": {"undone": "gaussian 0.1"},
