@@ -6,7 +6,7 @@ depth.csv: skipless OSA, skipless softmax and the ViT with skips and LayerNorm; 
 ratio 1, Muon, STEPS steps of 64 images.  The rate of each depth and arm, AdamW's the same, is the
 one of RATES with the best validation accuracy (seed 0, depth_tuning.csv); then come the SEEDS, and
 only their test set counts.  depth_factors.csv: 128 layers of OSA on 4 tokens, with one setting
-changed at a time.
+changed at a time.  "ViT, η = 0.9": the ViT with a slope near the ReLU's, where it might be behind.
 --long: all images.  128 layers of each arm, ALL, at the pair of ALL_RATES (of the matrices; of
 biases, embedding and read-out) with the best validation accuracy after ALL_TUNING steps (seed 100,
 depth_all_tuning.csv), then the SEEDS: depth_all.csv; MORE of OSA at the same rates, one seed:
@@ -68,6 +68,7 @@ ALL_TUNING = 100
 MORE = {
     "OSA, MLP ratio 4, W_2 = W_1ᵀR": {"mlp_ratio": 4, "tied": True},
     "OSA, six epochs": {"epochs": 6},
+    "OSA, twelve epochs": {"epochs": 12},
 }
 LONG = (
     "--depth 1000 --patch 14 --epochs 1 --eta 0.6 --lr 0.0002 --batch-size 64 --adam-lr 0.0005 "
@@ -96,9 +97,12 @@ def experiment(path, processes, quick=False):
     """The rates, then the seeds, then the factors; a CSV file of each."""
     depths, rates = ((2, 4), RATES[1:2]) if quick else (DEPTHS, RATES)
     size = {"limit_data": 500, "every": 20, "steps": 4} if quick else {"steps": STEPS}
+    arms = [(arm, options, depth) for depth in depths for arm, options in ARMS.items()]
+    curved = {**ARMS["ViT: softmax, skips, LayerNorm"], "eta": 0.9}
+    arms += [] if quick else [("ViT, η = 0.9", curved, depth) for depth in depths[-2:]]
     jobs = [
         {"arm": arm, **COMMON, **options, "depth": depth, "lr": lr, "adam_lr": lr, **size}
-        for depth in depths for lr in rates for arm, options in ARMS.items()
+        for arm, options, depth in arms for lr in rates
     ]  # fmt: skip
     tuning = [{**job, "tuning": True} for job in jobs]
     tuned = common.run_all(path.with_name("depth_tuning.csv"), tuning, processes)

@@ -5,8 +5,10 @@
 N = 4 to 784 tokens of one image; four layers of width 32, batches of 32, one epoch, for every arm.
 The rate of each arm and length is the one of RATES with the best validation accuracy after half an
 epoch, TUNING steps (seed 100, length_tuning.csv); then come SEEDS runs: length.csv.  At N = 784 the
-rates are those of N = 196, and softmax, quadratic in N, has one seed.
---long: OSA in preset "pixels" with the options LONG, for 16, 49 and 196 tokens: length_long.csv.
+rates are those of N = 196, and softmax, quadratic in N, has one seed.  AdamW's rate and the ‖S‖₂
+at the start are COMMON's; N = 4, 16 and 49 have OSA from a smaller one, too.
+--long: OSA in preset "pixels" with the options LONG, for 16, 49 and 196 tokens, and with 16
+for twelve epochs: length_long.csv.
 """
 
 import common
@@ -41,9 +43,11 @@ def experiment(path, processes, quick=False):
     size = {"steps": 3, "every": 20} if quick else {}
     for patch in PATCHES[:2] if quick else PATCHES:
         final = []
-        for arm, options in ARMS.items():
+        small = {"OSA from ‖S‖₂ = 0.1": {"attention": "osa", "s_norm": 0.1}}
+        for arm, options in (ARMS if quick or patch < 4 else ARMS | small).items():
             slow = patch == 1 and options["attention"] == "softmax"
             job = {"arm": arm, "skip": "none", "norm": False, **options, **COMMON, **size}
+            job |= options
             tuning = {"steps": TUNING} | size
             tuning |= {"seed": 100, "tuning": True, "patch": max(patch, 2)}
             lr = best_rate(path.with_name("length_tuning.csv"), job | tuning, processes)
@@ -88,11 +92,12 @@ def draw(path):
 
 
 def main():
-    args = common.arguments(__doc__, long="OSA for eight epochs")
+    args = common.arguments(__doc__, long="OSA for eight epochs and twelve")
     path = args.folder / "length.csv"
     if args.long:
         size = {"limit_data": 500, "every": 20, "steps": 3} if args.quick else {}
         jobs = [LONG | {"patch": patch} | size for patch in (2, 4, 7)]  # the slowest first
+        jobs.append(jobs[-1] | {"epochs": 12})
         common.run_all(path.with_name("length_long.csv"), jobs, args.processes)
         return
     if not args.draw:

@@ -36,7 +36,7 @@ def test_the_quick_form_runs_and_draws(name):
 def test_the_long_form_of_length_trains_at_every_length():
     quick("length_long", "experiments/length.py", "--long")
     rows = (QUICK / "length_long.csv").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 4
+    assert len(rows) == 5
 
 
 def test_the_long_form_of_depth_tunes_each_arm_and_trains():

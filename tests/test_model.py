@@ -150,6 +150,10 @@ def test_calibration_without_scores_is_the_target_and_not_that_of_rounding(dtype
     Q[:, 1] = 0
     alpha = ag.to_cpu(osa.calibrate_alpha(xp.asarray(Q), xp.asarray(K), 0.1))
     assert alpha.ravel().tolist() == 3 * [dtype(0.1)]
+    rows = rng.standard_normal((2, 1, 2, 1, 128)).astype(dtype)
+    Q, K = rows.repeat(784, axis=-2)
+    alpha = osa.calibrate_alpha(xp.asarray(Q), xp.asarray(K), 0.1)  # equal rows: q·k − k·q = 0
+    assert ag.to_cpu(alpha).ravel().tolist() == 2 * [dtype(0.1)]
 
 
 def correlation_map(c, a, points=20_000):

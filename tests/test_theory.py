@@ -52,7 +52,7 @@ def bound(attention, X):
 @pytest.mark.parametrize("kind", ["gaussian", "correlated", "nearly equal", "MNIST"])
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("s_norm", [0.01, 0.3])
-def test_singular_values_of_the_jacobian_are_within_the_bound_and_the_bound_is_sharp(
+def test_singular_values_of_the_jacobian_are_within_the_bound_and_a_fifth_of_it_is_reached(
     kind, heads, s_norm
 ):
     attention, X = layer(kind, heads, s_norm)
@@ -65,16 +65,21 @@ def test_singular_values_of_the_jacobian_are_within_the_bound_and_the_bound_is_s
 
 
 @pytest.mark.parametrize("patch", [14, 7, 4, 2, 1])
-def test_epsilon_at_the_start_is_below_15_times_the_norm_of_S_for_4_to_784_tokens(patch):
+def test_epsilon_at_the_start_is_below_35_times_the_norm_of_S_for_4_to_784_tokens(patch):
+    """At ‖S‖₂ = 0.1, the largest of eight images, in four layers of three networks."""
     images = data.load().x_train[:8].astype(np.float64)
-    model = osa.SkiplessTransformer(
-        d=64, heads=2, depth=1, patch=patch, image=(28, 28), classes=10, mlp_ratio=1, eta=0.3,
-        rng=np.random.default_rng(0), dtype=np.float64,
-    )  # fmt: skip
-    images = (images - images.mean()) / images.std()
-    osa.calibrate(model, images, 0.1)
-    attention, _ = model.layers[0]
-    assert max(bound(attention, X) for X in model.embed(images).data) < 15 * 0.1
+    images, epsilon = (images - images.mean()) / images.std(), []
+    for seed in range(3):
+        model = osa.SkiplessTransformer(
+            d=64, heads=2, depth=4, patch=patch, image=(28, 28), classes=10, mlp_ratio=4, eta=None,
+            rng=np.random.default_rng(seed), dtype=np.float64,
+        )  # fmt: skip
+        osa.calibrate(model, images, 0.1)
+        tokens = model.embed(images)
+        for attention, mlp in model.layers:
+            epsilon.append(max(bound(attention, X) for X in tokens.data))
+            tokens = mlp(attention(tokens))
+    assert max(epsilon[::4]) < 15 * 0.1 and max(epsilon) < 35 * 0.1  # the first layers; all
 
 
 def test_the_bound_holds_for_few_tokens_which_need_both_of_its_first_terms():
