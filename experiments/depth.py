@@ -9,8 +9,8 @@ only their test set counts.  depth_factors.csv: 128 layers of OSA on 4 tokens, w
 changed at a time.  "ViT, η = 0.9": the ViT with a slope near the ReLU's, where it might be behind.
 --long: all images.  128 layers of each arm, ALL, at the pair of ALL_RATES (of the matrices; of
 biases, embedding and read-out) with the best validation accuracy after ALL_TUNING steps (seed 100,
-depth_all_tuning.csv), then the SEEDS: depth_all.csv; MORE of OSA at the same rates, one seed:
-depth_more.csv.  And 1,000 layers: depth_long.csv.
+depth_all_tuning.csv), then the SEEDS: depth_all.csv; MORE of OSA at the same rates, one seed,
+three of the last: depth_more.csv.  And 1,000 layers: depth_long.csv.
 """
 
 import csv
@@ -132,6 +132,7 @@ def all_images(path, processes, quick=False):
     final.sort(key=lambda job: job["seed"])
     common.run_all(path, final[: 2 if quick else None], processes)
     more = [{**final[0], "arm": arm, **change} for arm, change in MORE.items()]
+    more += [] if quick else [{**more[-1], "seed": seed} for seed in SEEDS[1:]]
     common.run_all(path.with_name("depth_more.csv"), more, processes, train_tied)
 
 
