@@ -17,7 +17,8 @@ count votes of the three others, and the first, to which 0, 3, 6 and 9 point, wi
 behind it agree against it: 0.4 + 0.6·0.1 + 0.09·(0.6 − 0.4) = 47.8 %, were every digit recognised.
 
 The rate of each arm is the one of RATES with the best validation accuracy after TUNING steps (seed
-100, canvas_tuning.csv); then come SEEDS runs of STEPS steps, and of the ViT at 0.01, too.
+100, canvas_tuning.csv); then come SEEDS runs of STEPS steps, of OSA and
+the ViT at the next smaller rate, too: a short run favours large ones.
 """
 
 import os
@@ -68,7 +69,8 @@ def experiment(path, processes, quick=False):
     tuning = [{**job, "steps": short, "seed": 100, "tuning": True} for job in jobs]
     tuned = common.run_all(path.with_name("canvas_tuning.csv"), tuning, processes)
     chosen = [j for j in jobs if str(j["lr"]) == common.best_row(tuned, j, ("arm",))["lr"]]
-    chosen += [] if quick else [{**chosen[-1], "arm": "ViT at 0.01", "lr": 0.01}]
+    chosen += [] if quick else [chosen[0] | {"arm": "OSA at 0.003", "lr": 0.003},
+                                chosen[-1] | {"arm": "ViT at 0.01", "lr": 0.01}]  # fmt: skip
     seeds = range(1 if quick else SEEDS)
     return common.run_all(
         path, [{**j, "steps": long, "seed": s} for s in seeds for j in chosen], processes
