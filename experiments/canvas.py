@@ -17,8 +17,8 @@ count votes of the three others, and the first, to which 0, 3, 6 and 9 point, wi
 behind it agree against it: 0.4 + 0.6·0.1 + 0.09·(0.6 − 0.4) = 47.8 %, were every digit recognised.
 
 The rate of each arm is the one of RATES with the best validation accuracy after TUNING steps (seed
-100, canvas_tuning.csv); then come SEEDS runs of STEPS steps, of OSA and
-the ViT at the next smaller rate, too: a short run favours large ones.
+100, canvas_tuning.csv); then come SEEDS runs of STEPS steps, and as
+many at the next smaller rate, since a short run favours large ones.
 """
 
 import os
@@ -69,8 +69,9 @@ def experiment(path, processes, quick=False):
     tuning = [{**job, "steps": short, "seed": 100, "tuning": True} for job in jobs]
     tuned = common.run_all(path.with_name("canvas_tuning.csv"), tuning, processes)
     chosen = [j for j in jobs if str(j["lr"]) == common.best_row(tuned, j, ("arm",))["lr"]]
-    chosen += [] if quick else [chosen[0] | {"arm": "OSA at 0.003", "lr": 0.003},
-                                chosen[-1] | {"arm": "ViT at 0.01", "lr": 0.01}]  # fmt: skip
+    below = {rate: lower for lower, rate in zip(RATES, RATES[1:])}
+    chosen += [j | {"arm": j["arm"] + ", smaller", "lr": below[j["lr"]]} for j in chosen
+               if j["lr"] in below]  # fmt: skip
     seeds = range(1 if quick else SEEDS)
     return common.run_all(
         path, [{**j, "steps": long, "seed": s} for s in seeds for j in chosen], processes
@@ -88,7 +89,9 @@ def draw(path):
     final, tuned = common.read(path), common.read(path.with_name("canvas_tuning.csv"))
     for i, (arm, marker) in enumerate(zip(ARMS, "os^v")):
         test = [100 * float(row["test"]) for row in final if row["arm"] == arm]
-        axes[0].plot([i] * len(test), test, marker, mfc="none")
+        axes[0].plot([i] * len(test), test, marker, color=f"C{i}", mfc="none")
+        test = [100 * float(row["test"]) for row in final if row["arm"] == arm + ", smaller"]
+        axes[0].plot([i] * len(test), test, marker, color=f"C{i}")  # at the smaller rate
         some = [row for row in tuned if row["arm"] == arm]
         rates, right = ([float(row[name]) for row in some] for name in ("lr", "validation"))
         axes[1].plot(rates, [100 * x for x in right], marker + "-", label=arm)
