@@ -6,7 +6,7 @@ depth.csv: skipless OSA, skipless softmax and the ViT with skips and LayerNorm; 
 ratio 1, Muon, STEPS steps of 64 images.  The rate of each depth and arm, AdamW's the same, is the
 one of RATES with the best validation accuracy (seed 0, depth_tuning.csv); then come the SEEDS, and
 only their test set counts.  depth_factors.csv: 128 layers of OSA on 4 tokens, with one setting
-changed at a time.  "ViT, η = 0.9": the ViT with a slope near the ReLU's, where it might be behind.
+changed at a time.  "ViT, η = 0.9": the ViT with a smaller slope, where it is behind.
 --long: all images.  128 layers of each arm, ALL, at the pair of ALL_RATES (of the matrices; of
 biases, embedding and read-out) with the best validation accuracy after ALL_TUNING steps (seed 100,
 depth_all_tuning.csv), then the SEEDS: depth_all.csv; MORE of OSA at the same rates, one seed,

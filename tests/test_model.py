@@ -156,6 +156,15 @@ def test_calibration_without_scores_is_the_target_and_not_that_of_rounding(dtype
     assert ag.to_cpu(alpha).ravel().tolist() == 2 * [dtype(0.1)]
 
 
+@each_dtype
+def test_calibration_sees_the_scores_of_ordinary_tokens_beside_a_giant_one(dtype, rng, xp):
+    Q, K = rng.standard_normal((2, 1, 2, 784, 16)).astype(dtype)
+    Q[..., 0, :] *= 300
+    K[..., 0, :] *= 300
+    alpha = ag.to_cpu(osa.calibrate_alpha(xp.asarray(Q), xp.asarray(K), 0.1))
+    np.testing.assert_allclose(osa.rotation_angles(Q, K, alpha)[..., 0], 0.1, rtol=1e-4)
+
+
 def correlation_map(c, a, points=20_000):
     """C_a(c) by integration over the angle of a pair of correlated unit normals.
 
