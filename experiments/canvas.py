@@ -17,8 +17,8 @@ count votes of the three others, and the first, to which 0, 3, 6 and 9 point, wi
 behind it agree against it: 0.4 + 0.6·0.1 + 0.09·(0.6 − 0.4) = 47.8 %, were every digit recognised.
 
 The rate of each arm is the one of RATES with the best validation accuracy after TUNING steps (seed
-100, canvas_tuning.csv); then come SEEDS runs of STEPS steps, and as
-many at the next smaller rate, since a short run favours large ones.
+100, canvas_tuning.csv); then come SEEDS runs of STEPS steps, and as many
+at the next smaller rate, since a short run favours large ones.
 """
 
 import os
@@ -69,9 +69,9 @@ def experiment(path, processes, quick=False):
     tuning = [{**job, "steps": short, "seed": 100, "tuning": True} for job in jobs]
     tuned = common.run_all(path.with_name("canvas_tuning.csv"), tuning, processes)
     chosen = [j for j in jobs if str(j["lr"]) == common.best_row(tuned, j, ("arm",))["lr"]]
-    below = {rate: lower for lower, rate in zip(RATES, RATES[1:])}
-    chosen += [j | {"arm": j["arm"] + ", smaller", "lr": below[j["lr"]]} for j in chosen
-               if j["lr"] in below]  # fmt: skip
+    for job in [job for job in chosen if job["lr"] > RATES[0]]:
+        lr = RATES[RATES.index(job["lr"]) - 1]
+        chosen.append(job | {"arm": job["arm"] + ", smaller", "lr": lr})
     seeds = range(1 if quick else SEEDS)
     return common.run_all(
         path, [{**j, "steps": long, "seed": s} for s in seeds for j in chosen], processes

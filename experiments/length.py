@@ -46,8 +46,7 @@ def experiment(path, processes, quick=False):
         small = {"OSA from ‖S‖₂ = 0.1": {"attention": "osa", "s_norm": 0.1}}
         for arm, options in (ARMS if quick or patch < 4 else ARMS | small).items():
             slow = patch == 1 and options["attention"] == "softmax"
-            job = {"arm": arm, "skip": "none", "norm": False, **options, **COMMON, **size}
-            job |= options
+            job = {"arm": arm, "skip": "none", "norm": False, **COMMON, **size, **options}
             tuning = {"steps": TUNING} | size
             tuning |= {"seed": 100, "tuning": True, "patch": max(patch, 2)}
             lr = best_rate(path.with_name("length_tuning.csv"), job | tuning, processes)
