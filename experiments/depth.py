@@ -39,7 +39,7 @@ FACTORS = {
     "none": {},
     "MLP ratio 4": {"mlp_ratio": 4},
     "MLP ratio 4, W_2 = W_1ᵀR": {"mlp_ratio": 4, "tied": True},
-    "nearly plain ReLU, η = 0.9": {"eta": 0.9},
+    "slope 0.61, η = 0.9": {"eta": 0.9},
     "Muon 0.003": {"lr": 0.003},
     "AdamW 0.0003, no Muon": {"optimizer": "adamw", "lr": 0.0003},
     "AdamW 0.003 beside Muon → 0.03": {"adam_lr": 0.03},
