@@ -368,7 +368,7 @@ def sum(a, axis=None, keepdims=False, mean=False):
     weight = out.size / a.size if mean else 1.0
 
     def backward(g):
-        g = g if axis is None or keepdims else xp.expand_dims(g, axis)
+        g = g if axis is None or keepdims or not a.ndim else xp.expand_dims(g, axis)
         return [xp.broadcast_to(weight * g, a.shape)]
 
     return record(out, (a,), backward)

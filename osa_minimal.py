@@ -66,8 +66,7 @@ def exp_phi1(Z):
 
     Taylor's series at Y = Z/2ʲ, ‖Y‖ ≤ ½; then j doublings, of E1 = e^Y − I = Y φ₁(Y):
         φ₁(2Y) = ½ (e^Y + I) φ₁(Y) = φ₁(Y) + ½ E1 φ₁(Y),   e^{2Y} − I = E1² + 2 E1.
-    The error is some eps max(1, ‖Z‖), Z skew.  FloatingPointError for NaN, Inf, ‖Z‖_∞ ≥ 1/eps.
-    """
+    The error is some eps max(1, ‖Z‖), Z skew.  FloatingPointError for NaN, Inf, ‖Z‖_∞ ≥ 1/eps."""
     I = array_module(Z).eye(Z.shape[-1], dtype=Z.dtype)
     norm = float(abs(Z).sum(axis=-1).max())  # ‖Z‖_∞, not below any eigenvalue
     if not norm * float(np.finfo(Z.dtype).eps) < 1:  # no digit of an angle is left
@@ -87,10 +86,10 @@ def exp_phi1(Z):
 def frechet(Z, D):
     """d/dt exp(Z + tD) at t = 0, linear in D: the corner of exp [[Z, D], [0, Z]]."""
     n = Z.shape[-1]
-    size = 1024 * (abs(D).sum(axis=-1).max() + float(np.finfo(D.dtype).tiny))  # ‖Z‖ alone sets j
+    size = 1024 * (abs(D).sum(-1).max(-1)[..., None, None] + float(np.finfo(D.dtype).tiny))
     block = array_module(Z, D).zeros((*Z.shape[:-2], 2 * n, 2 * n), Z.dtype)
     block[..., :n, :n] = block[..., n:, n:] = Z
-    block[..., :n, n:] = D / size
+    block[..., :n, n:] = D / size  # small, so that ‖Z‖ alone sets j
     return exp_phi1(block)[0][..., :n, n:] * size
 
 
@@ -105,6 +104,7 @@ def orthonormal_basis(M, method="qr"):
         return array_module(M).linalg.qr(M)[0]
     if method != "newton_schulz":
         raise ValueError(f'method must be "qr" or "newton_schulz", got {method!r}')
+    M = M / (abs(M).max(axis=-2, keepdims=True) + float(np.finfo(M.dtype).tiny))  # for its squares
     B = M / ((M.shape[-1] * (M * M).sum(axis=-2, keepdims=True)) ** 0.5 + 1e-30)
     for _ in range(6 + math.ceil(math.log(M.shape[-1] ** 0.5 / float(np.finfo(M.dtype).eps), 1.5))):
         B = 1.5 * B - 0.5 * B @ (T(B) @ B)
@@ -130,6 +130,8 @@ def osa_forward(Q, K, V, alpha, method="qr"):
     BtQ, BtK, BtV = T(B) @ Q, T(B) @ K, T(B) @ V  # (..., r, N) x (..., N, d_v) -> (..., r, d_v)
     S_B = skew_scores(BtQ, BtK, alpha)  # (..., r, r)
     s = xp.asarray(alpha, dtype=S_B.dtype) / math.sqrt(d_v)
+    if (S_B.dtype, S_B.shape[:-2]) != (V.dtype, V.shape[:-2]):
+        raise ValueError(f"alpha must fit float Q, K, V, got {s.shape}, {V.dtype} {V.shape}")
     E, F = exp_phi1(S_B)
     O = V + B @ (E @ BtV - BtV)
     return O, (V, s, B, BtQ, BtK, BtV, S_B, E, F)
@@ -178,8 +180,7 @@ def init_mosa(d, heads, rng, alpha=0.1, dtype=np.float32):
     """The paper's initialisation of a layer, a dict of NumPy arrays; ‖M-OSA(X)‖ = ‖X‖ for every α.
 
     W_QK (h, d, 2 d_v): [W_Q, W_K] per head, orthonormal columns, which needs 2 d_v ≤ d, so h ≥ 2;
-    W_V, W_O (d, d): orthogonal;  alpha (h, 1, 1): `calibrate` makes it so small that A ≈ I.
-    """
+    W_V, W_O (d, d): orthogonal;  alpha (h, 1, 1): `calibrate` makes it so small that A ≈ I."""
     if heads < 2 or d % heads:
         raise ValueError(f"heads must divide the width and be at least 2: {heads} heads, width {d}")
     return {
@@ -286,8 +287,7 @@ class MultiHeadOSA:
 
 class MLP:
     """ψ(X W_1 + b_1) W_2 + b_2, W_1 (d, ratio d) and W_2 semi-orthogonal, a tailored leaky ReLU ψ,
-    which takes in the gain √ratio that restores the variance of X W_1, as ψ(tx) = t ψ(x); ours.
-    """
+    which takes in the gain √ratio that restores the variance of X W_1, as ψ(tx) = t ψ(x); ours."""
 
     def __init__(self, d, ratio, slope, rng, xp=np, dtype=np.float32):
         wide = ratio * d
@@ -306,7 +306,7 @@ class MLP:
 def patchify(images, patch):
     """Images (batch, height, width[, channels]) -> tokens (batch, N, channels patch²), in rows."""
     batch, height, width, *_ = images.shape
-    if not images.size or height % patch or width % patch:
+    if not images.size or patch < 1 or height % patch or width % patch:
         raise ValueError(f"the patch must divide the images, of shape {images.shape}, got {patch}")
     tiles = images.reshape(batch, height // patch, patch, width // patch, patch, -1)
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * width // patch**2, -1)

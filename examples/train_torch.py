@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import distributed
 from torch.nn import functional, parallel, utils
@@ -115,6 +115,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # of the model and the images
+    except (ValueError, SafetensorError) as error:  # of the model and the images
         sys.stderr.write(f"train_torch.py: error: {error}\n")
         sys.exit(2)

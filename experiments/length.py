@@ -21,6 +21,7 @@ ARMS = {
 }
 PATCHES = (14, 7, 4, 2, 1)
 RATES, TUNING, SEEDS = (0.001, 0.003, 0.01, 0.03, 0.1), 860, 3
+OTHER = {7: 0.01, 4: 0.01, 2: 0.03}  # rates that half an epoch hardly tells from the ViT's best
 COMMON = {"width": 32, "batch_size": 32, "s_norm": 1.0, "adam_lr": 0.003, "epochs": 1}
 LONG = {"preset": "pixels", "width": 64, "heads": 4, "epochs": 8, "seed": 0}
 
@@ -54,8 +55,8 @@ def experiment(path, processes, quick=False):
                 job | {"patch": patch, "seed": seed, "lr": lr}
                 for seed in range(1 if slow or quick else SEEDS)
             ]
-        if patch in (7, 4) and not quick:  # there validation hardly tells 0.01 from the best, 0.03
-            final += [job | {"arm": "ViT at 0.01", "lr": 0.01} for job in final if job["norm"]]
+        if (other := OTHER.get(patch)) and not quick:
+            final += [job | {"arm": f"ViT at {other}", "lr": other} for job in final if job["norm"]]
         final.sort(key=lambda j: (patch == 1 and j["attention"] == "softmax", j["seed"]))
         common.run_all(path, final, processes)  # the slow ones last
 

@@ -37,13 +37,6 @@ def column_size(M):
     return xp.where(largest > 0, largest, 1)
 
 
-def unit_columns(M):
-    """M (..., N, r) with columns of norm 1 or 0: the same span, and no square underflows."""
-    M = M / column_size(M)  # columns of norm 1 … √N
-    squares = (M * M).sum(axis=-2, keepdims=True)
-    return M / array_module(M).sqrt(array_module(M).maximum(squares, 1))
-
-
 def double_basis(P):
     """B (..., N, r) that serves as orthonormal basis of P (..., N, r), r ≤ N, in Theorem 2.1, both
     in float32, and R = BᵀP (..., r, r) in float64.
@@ -66,7 +59,8 @@ def double_basis(P):
 
 
 def cholesky_basis(P):
-    """As `double_basis`, but all in the dtype of P, so that it is about as accurate as QR.
+    """As `double_basis`, but all in the dtype of P: about as accurate as QR, but for a P of lost
+    rank with entries over 20 decades, where it may lose three digits.
 
     One pass, B ← B L⁻ᵀ with L Lᵀ = BᵀB + δI, brings to 1 the singular values well above √δ and
     enlarges the others by about 1/√δ.  Three passes reach all that are above rounding (shifted

@@ -13,7 +13,7 @@ import numpy as np
 import autograd as ag
 import osa_minimal
 from autograd import array_module
-from fast.basis import cholesky_basis, double_basis, double_is_fast, tall_product, unit_columns
+from fast.basis import cholesky_basis, double_basis, double_is_fast, tall_product
 from fast.gpu import product
 from fast.small import Chebyshev, ChebyshevMatrix, Products, Spectral, inner, phi1, sharper_bound
 from fast.threads import batch_parts, parallel
@@ -175,8 +175,8 @@ def _forward(QKV, s, d_v, route):
                 B, R = orthonormal_basis(P), None
     elif tall and route == "products":
         B, R = cholesky_basis(P)
-    elif tall and route == "newton_schulz":  # unit columns: a K that is small beside Q is not lost
-        B = orthonormal_basis(unit_columns(P), "newton_schulz")
+    elif tall and route == "newton_schulz":
+        B = orthonormal_basis(P, "newton_schulz")
     elif tall and route in ("auto", "qr"):
         B = orthonormal_basis(P)
     return _by_basis(QKV, B, R, s, d_v, route)

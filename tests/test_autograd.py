@@ -67,6 +67,7 @@ OPERATIONS = {
     "sum, axis": (lambda a: ag.sum(a, axis=1), normal, [(2, 3, 4)]),
     "sum, axes": (lambda a: ag.sum(a, axis=(0, -1)), normal, [(2, 3, 4)]),
     "sum, keepdims": (lambda a: a.sum(axis=-2, keepdims=True), normal, [(2, 3, 4)]),
+    "sum of one number, axis": (lambda a: a.sum(axis=0), normal, [()]),
     "mean": (ag.mean, normal, [(2, 3, 4)]),
     "mean, axis": (lambda a: a.mean(axis=1), normal, [(2, 3, 4)]),
     "reshape": (lambda a: ag.reshape(a, (4, 6)), normal, [(2, 3, 4)]),

@@ -316,6 +316,9 @@ def test_a_patch_that_does_not_divide_the_image_is_refused_by_name():
     for images in (np.ones((1, 6, 8)), np.ones((1, 8, 6)), np.ones((0, 8, 8))):
         with pytest.raises(ValueError, match="patch"):
             osa.patchify(images, 4)
+    for patch in (0, -1):
+        with pytest.raises(ValueError, match="patch"):
+            osa.patchify(np.ones((1, 8, 8)), patch)
     with pytest.raises(ValueError, match="patch"):
         network(SMALL | {"patch": 5})
 

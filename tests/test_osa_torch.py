@@ -387,3 +387,12 @@ def test_one_process_and_two_give_the_same_weights(rng, tmp_path):
         assert 0.005 < abs(w - before[k]).max() < 0.03, k
     # What was written is read again, with the same record.
     assert SkiplessTransformer(tmp_path / "2.safetensors").slope == ours.slope
+
+
+def test_a_damaged_model_is_refused_in_one_line(tmp_path):
+    model = tmp_path / "m.safetensors"
+    save_file({"W": np.ones(9)}, model)
+    model.write_bytes(model.read_bytes()[:-8])
+    command = [sys.executable, EXAMPLES / "train_torch.py", model]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

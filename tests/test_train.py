@@ -654,7 +654,7 @@ REFUSED = {
     "--seed 123456789012345678901234": "--seed|from 0 to",
     "--depth 2 --eta 0.9": "eta|0.9|depth 2", "--width 64 --heads 5": "5 heads|width 64",
     "--heads 1": "heads|at least 2|1", "--patch 5": "patch|got 5|14, 14",
-    "--limit-data 1000": "1000|300", "--graph": "--graph|GPU",
+    "--shift 14": "shift 14|14, 14", "--limit-data 1000": "1000|300", "--graph": "--graph|GPU",
     "--threads 0": "--threads|0 is not from 1 to", "--threads ²": "--threads|²",
     "--log-every 0": "--log-every", "--max-steps 0": "--max-steps", "--max-steps -3": "--max-steps",
     "--resume a --eval b": "--resume|--eval", "--resume a --out b": "--resume|--out",

@@ -124,6 +124,8 @@ class Batches:
         if self.size < ranks:
             what = f"--batch-size {config.batch_size}, {len(x)} training images"
             raise UserError(f"{ranks} ranks need as many images in a batch, got {what}")
+        if self.shift >= min(x.shape[1:3]):
+            raise UserError(f"--shift {self.shift} can move all of an image of {x.shape[1:3]} away")
         width = ((0, 0), (self.shift, self.shift), (self.shift, self.shift), (0, 0))[: x.ndim]
         self.x, self.y, self.image = xp.asarray(np.pad(x, width)), xp.asarray(y), x.shape[1:3]
         self.per_epoch = len(x) // self.size
