@@ -129,10 +129,11 @@ def test_whole_numbers_are_refused(N):
             operator(Q, K, V, 0.5)
 
 
-@pytest.mark.parametrize("power", [-0.5, -2.5, 2.5])
+@pytest.mark.parametrize("power", [0.1, 0.75, -0.75])
 def test_newton_schulz_does_not_lose_a_small_K_beside_a_large_Q(power, dtype):
     Q, K, V, alpha = cast(dtype, *make("generic"))
-    scale = np.finfo(dtype).eps ** power  # S stays as it is; squares would vanish and overflow
+    # S stays as it is; beyond 0.5 squares vanish and overflow.
+    scale = np.finfo(dtype).tiny ** dtype(power)
     O = osa.osa_forward(scale * Q, K / scale, V, alpha, "newton_schulz")[0]
     close(O, osa.osa_dense(*cast(np.float64, Q, K, V, alpha)), 4 * tolerance(Q, K, alpha))
 
