@@ -60,7 +60,7 @@ def double_basis(P):
 
 def cholesky_basis(P):
     """As `double_basis`, but all in the dtype of P: about as accurate as QR, but for a P of lost
-    rank with entries over 20 decades, where it may lose three digits.
+    rank with entries over 20 decades, where it may lose four digits.
 
     One pass, B ← B L⁻ᵀ with L Lᵀ = BᵀB + δI, brings to 1 the singular values well above √δ and
     enlarges the others by about 1/√δ.  Three passes reach all that are above rounding (shifted
